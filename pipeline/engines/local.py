@@ -1,0 +1,214 @@
+"""Engine `local`: worker processes on this machine, one per core, each with its models loaded once.
+
+A part goes to its next step as soon as it is through the one before, so part 7 is grounded while part 9 downloads. A
+worker that dies (out of memory, a crash in a decoder) takes nothing with it: after two deaths its part runs alone, row
+by row, until the row that kills is known and fails as `crashed`.
+"""
+
+import multiprocessing as mp
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from ...models.contract import ModelError
+from ..stage import Function, Stage
+from ..work import Attempt, Job, run_part
+from . import Event, Listener
+
+_DEATHS = 2  # with other rows; then the part runs alone
+_FAULTS = 3  # exceptions of a part (a store that is away, a full disk) before it is given up
+_TICK_S = 0.5  # how often a busy worker tells how many rows it has done
+
+
+@dataclass
+class _Task:
+    index: int
+    part: int
+    deaths: int = 0
+    faults: int = 0
+    culprits: frozenset[str] = frozenset()
+
+    @property
+    def alone(self) -> bool:
+        return self.deaths >= _DEATHS
+
+
+@dataclass
+class _Worker:
+    process: mp.process.BaseProcess
+    pipe: Connection
+    task: _Task | None = None
+    key: str | None = None  # the row being tried, where a part runs alone
+    opened: set[str] = field(default_factory=set)
+
+
+def run(
+    job: Job, parts: Sequence[int], workers: int | None, limits: Mapping[str, int | None], listen: Listener
+) -> None:
+    """Carry the parts through all steps of the job.
+
+    `limits` caps the parts that are in a step at a time. A part that is given up is told as `lost`, the others go on.
+    Raises ModelError where a model cannot be opened; whatever `listen` raises ends the run.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = min(workers or cores, len(parts))
+    threads = str(max(1, cores // count))
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):  # else each worker takes every core
+        os.environ.setdefault(name, threads)
+    ready = [_Task(0, part) for part in parts]
+    pool = [_start(job) for _ in range(count)]
+    try:
+        while ready or any(worker.task for worker in pool):
+            _assign(job, ready, pool, limits)
+            handles = [h for w in pool for h in (w.pipe, w.process.sentinel)]
+            signalled = wait(handles)
+            for i, worker in enumerate(pool):
+                if worker.pipe in signalled and _hear(job, worker, ready, listen):
+                    continue
+                if not worker.process.is_alive():
+                    _bury(job, worker, ready, listen)
+                    pool[i] = _start(job)
+    finally:
+        for worker in pool:
+            worker.process.kill()
+        for worker in pool:
+            worker.process.join()
+
+
+def _start(job: Job) -> _Worker:
+    context = mp.get_context("spawn")  # forking a process with threads and models is not safe
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(job, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    return _Worker(process, ours)
+
+
+def _assign(job: Job, ready: list[_Task], pool: list[_Worker], limits: Mapping[str, int | None]) -> None:
+    """Give idle workers the parts that are furthest on, each to one that has the step's model open if possible."""
+    ready.sort(key=lambda task: (-task.index, task.part))
+    for task in list(ready):
+        name = job.steps[task.index].name
+        busy = sum(1 for w in pool if w.task and job.steps[w.task.index].name == name)
+        idle = [w for w in pool if w.task is None]
+        limit = limits.get(name)
+        if not idle or (limit is not None and busy >= limit):
+            continue
+        worker = max(idle, key=lambda w: name in w.opened)
+        ready.remove(task)
+        worker.task, worker.key = task, None
+        try:
+            worker.pipe.send(task)
+        except OSError:  # it died while idle; its sentinel tells
+            continue
+
+
+def _hear(job: Job, worker: _Worker, ready: list[_Task], listen: Listener) -> bool:
+    """Take one message; False where the pipe is broken."""
+    try:
+        kind, value = worker.pipe.recv()
+    except (EOFError, OSError):
+        return False
+    task = worker.task
+    assert task is not None
+    step = job.steps[task.index].name
+    if kind == "rows":
+        listen(Event("rows", step, task.part, rows=value))
+    elif kind == "key":
+        worker.key = value
+    elif kind == "open":
+        worker.opened.add(step)
+        listen(Event("open", step, task.part, seconds=value))
+    elif kind == "done":
+        worker.task = None
+        if task.index + 1 < len(job.steps):
+            ready.append(_Task(task.index + 1, task.part))
+        seconds, (footer, fresh) = value
+        listen(Event("done", step, task.part, seconds=seconds, footer=footer, fresh=fresh))
+    elif kind == "model":
+        raise ModelError(value)
+    else:
+        worker.task = None
+        task.faults += 1
+        if task.faults < _FAULTS:
+            ready.append(task)
+        listen(Event("retry" if task.faults < _FAULTS else "lost", step, task.part, text=value))
+    return True
+
+
+def _bury(job: Job, worker: _Worker, ready: list[_Task], listen: Listener) -> None:
+    """Decide what becomes of a dead worker's part."""
+    worker.process.join()
+    task = worker.task
+    if task is None:
+        return
+    step, code = job.steps[task.index].name, worker.process.exitcode
+    if task.alone and worker.key is None:
+        listen(
+            Event(
+                "lost", step, task.part, text=f"the worker died {task.deaths + 1} times before the first row ({code})"
+            )
+        )
+        return
+    task.culprits |= {worker.key} if worker.key else set()
+    task.deaths += 1
+    ready.append(task)
+    listen(Event("retry", step, task.part, text=f"the worker died (exit code {code})"))
+
+
+def _work(job: Job, pipe: Connection) -> None:
+    """A worker's life: parts in, messages out, until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides what Ctrl-C means
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    functions: dict[str, Function] = {}
+    while True:
+        try:
+            task: _Task = pipe.recv()
+        except (EOFError, OSError):
+            return
+        step = job.steps[task.index]
+
+        def opener(stage: Stage, name: str = step.folder) -> Function:
+            if name not in functions:
+                start = time.monotonic()
+                functions[name] = stage.open()
+                if stage.opens_model:
+                    pipe.send(("open", time.monotonic() - start))
+            return functions[name]
+
+        pipe.send(_try(job, task, opener, pipe))
+
+
+def _try(job: Job, task: _Task, opener: Any, pipe: Connection) -> tuple[str, Any]:
+    pending, last, start = 0, time.monotonic(), time.monotonic()
+
+    def on_rows(rows: int) -> None:
+        nonlocal pending, last
+        pending += rows
+        if pending and time.monotonic() - last > _TICK_S:
+            pipe.send(("rows", pending))
+            pending, last = 0, time.monotonic()
+
+    attempt = Attempt(task.culprits, task.alone, on_rows, lambda key: pipe.send(("key", key)))
+    try:
+        result = run_part(job, task.index, task.part, opener, attempt)
+        return "done", (time.monotonic() - start, result)
+    except ModelError as error:
+        return "model", str(error)
+    except Exception as error:  # noqa: BLE001  (a fault of a part, not of the run: the driver decides)
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return "fault", f"{type(error).__name__}: {error} ({os.path.basename(where.filename)}:{where.lineno})"
+
+
+def _follow_parent() -> None:
+    """End with the driver, even if that was killed: nobody would take this worker's results."""
+    parent = mp.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)

@@ -1,0 +1,279 @@
+"""A recipe: one YAML file that says what to do, read into the frozen dataclasses that live beside the code they steer.
+
+Every mistake ends as one RecipeError with the file, the key and the nearest valid key.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from ..models.contract import ModelError
+from .steps.caption import Caption
+from .steps.download import Download
+from .steps.ground import Ground
+from .steps.pack import Pack
+from .steps.phrases import Phrases
+from .steps.select import Select
+
+T = TypeVar("T")
+
+
+class RecipeError(Exception):
+    """A mistake in a recipe: one line that says where and what to do. Exit code 2."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What goes in: lists of URLs (Parquet, CSV, TSV, JSONL, also gzipped), by path or glob."""
+
+    name: str
+    source: tuple[str, ...]
+    url_column: str = "url"
+    caption_column: str | None = None
+    rows_per_part: int = 5000
+    only_parts: str | None = None  # such as 0-3 or 0,4,7: a smoke run on a sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """The options of each step, in the order of the chain. `use: <fingerprint>` in a step adopts an earlier result."""
+
+    download: Download = field(default_factory=Download)
+    caption: Caption
+    phrases: Phrases = field(default_factory=Phrases)
+    ground: Ground
+    select: Select = field(default_factory=Select)
+    pack: Pack = field(default_factory=Pack)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Shares of failed rows per step over which a run ends with exit code 3. Half of the web's links are dead."""
+
+    failed_fraction: float = 0.05
+    download_failed_fraction: float = 0.9
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one step gets on the engine: parts at a time (default: all workers), and rows per batch."""
+
+    workers: int | None = None
+    batch: int | None = None
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Who carries the parts through the steps. Nothing here can change a result."""
+
+    kind: str = "local"
+    workers: int | None = None  # processes; default: one per core
+    save_every_s: float = 60.0  # how much work of a slow part a crash may cost
+    download: Resources = Resources(batch=256)
+    caption: Resources = Resources(batch=32)
+    phrases: Resources = Resources(batch=256)
+    ground: Resources = Resources(batch=32)
+    select: Resources = Resources(batch=4096)
+    pack: Resources = Resources(batch=256)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run's configuration. `storage_options` go to fsspec for the store and the source, and nowhere else."""
+
+    dataset: Dataset
+    store: str
+    steps: Steps
+    limits: Limits = Limits()
+    engine: Engine = Engine()
+    storage_options: Mapping[str, Any] = field(default_factory=dict)
+    use: Mapping[str, str] = field(default_factory=dict)  # from `steps.<name>.use`
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and what it inherits by `base:`, apply `a.b=c` overrides, check everything.
+
+    Raises RecipeError.
+    """
+    document = _read(Path(path), ())
+    for override in overrides:
+        _override(document, override)
+    use: dict[str, str] = {}
+    steps = document.get("steps")
+    for name, options in (steps or {}).items() if isinstance(steps, dict) else ():
+        if isinstance(options, dict) and "use" in options:
+            use[name] = str(options.pop("use"))
+    if isinstance(source := (document.get("dataset") or {}).get("source"), str):
+        document["dataset"]["source"] = [source]
+    if "use" in document:
+        raise RecipeError(f"{path}: use: unknown key; it belongs into a step, as in steps.caption.use")
+    recipe = _build(Recipe, document, path, "")
+    _check(recipe, path)
+    return dataclasses.replace(recipe, use=use)
+
+
+def _check(recipe: Recipe, path: str) -> None:
+    if recipe.engine.kind != "local":
+        raise RecipeError(f"{path}: engine.kind: {recipe.engine.kind!r} is not an engine; there is: local")
+    counts = {"dataset.rows_per_part": recipe.dataset.rows_per_part, "engine.workers": recipe.engine.workers}
+    for step in dataclasses.fields(Steps):
+        resources = getattr(recipe.engine, step.name)
+        counts |= {f"engine.{step.name}.workers": resources.workers, f"engine.{step.name}.batch": resources.batch}
+    for where, count in counts.items():
+        if count is not None and count < 1:
+            raise RecipeError(f"{path}: {where}: {count} is not a positive number")
+    for where, text in {"dataset.name": recipe.dataset.name, "store": recipe.store}.items():
+        if not text:
+            raise RecipeError(f"{path}: {where}: is empty")
+    if not recipe.dataset.source:
+        raise RecipeError(f"{path}: dataset.source: names no file")
+    only_parts(recipe, path)
+
+
+def only_parts(recipe: Recipe, path: str = "recipe") -> frozenset[int] | None:
+    """The part numbers that `dataset.only_parts` admits, or None for all. Raises RecipeError."""
+    text = recipe.dataset.only_parts
+    if text is None:
+        return None
+    chosen: set[int] = set()
+    try:
+        for piece in text.split(","):
+            first, _, last = piece.partition("-")
+            chosen |= set(range(int(first), int(last or first) + 1))
+    except ValueError:
+        raise RecipeError(f"{path}: dataset.only_parts: {text!r} is not like 0-3 or 0,4,7") from None
+    return frozenset(chosen)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which also refuses a key that stands twice in one mapping."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                line = node.value[i][0].start_mark.line + 1
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice (line {line})")
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise RecipeError(f"{path}: base: inherits from itself")
+    try:
+        document = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  (a safe loader)
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path}: is not UTF-8 text") from None
+    except (yaml.YAMLError, TypeError, RecursionError) as error:
+        raise RecipeError(f"{path}: {' '.join(str(getattr(error, 'problem', None) or error).split())}") from None
+    if not isinstance(document, dict):
+        raise RecipeError(f"{path}: is not a mapping of keys to values")
+    base = document.pop("base", None)
+    if base is None:
+        return document
+    if not isinstance(base, str):
+        raise RecipeError(f"{path}: base: expected the path of another recipe, found {base!r}")
+    return _merge(_read(path.parent / base, (*seen, path.resolve())), document)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _override(document: dict[str, Any], text: str) -> None:
+    name, equals, value = text.partition("=")
+    if not equals or not all(name.split(".")):
+        raise RecipeError(f"--set {text}: expected a.b=value")
+    *folders, last = name.split(".")
+    for part in folders:
+        if document.get(part) is None:
+            document[part] = {}
+        document = document[part]
+        if not isinstance(document, dict):
+            raise RecipeError(f"--set {text}: {part} is not a block")
+    try:
+        document[last] = yaml.load(value, _Loader)  # noqa: S506  (a safe loader)
+    except yaml.YAMLError:
+        raise RecipeError(f"--set {text}: the value is not valid YAML") from None
+
+
+def _build(kind: type[T], value: Any, path: str, where: str) -> T:
+    """Make a dataclass from a mapping, checking every key and type on the way down."""
+    if value is None:
+        value = {}
+    if not isinstance(value, dict):
+        raise RecipeError(f"{path}: {where or 'recipe'}: expected a block of keys, found {value!r}")
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind) if f.init and not (kind is Recipe and f.name == "use")}  # type: ignore[arg-type]
+    prefix = f"{where}." if where else ""
+    for key in value:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(fields)}"
+            raise RecipeError(f"{path}: {prefix}{key}: unknown key; {hint}")
+    arguments = {key: _convert(hints[key], item, path, prefix + key) for key, item in value.items()}
+    for name, f in fields.items():
+        if name in arguments:
+            continue
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise RecipeError(f"{path}: {prefix}{name}: is missing")
+    # A block that is given in part keeps the other defaults of its place, not those of its type.
+    for name, item in value.items():
+        default = fields[name].default
+        if dataclasses.is_dataclass(default) and isinstance(item, dict):
+            given = {key: getattr(arguments[name], key) for key in item}
+            arguments[name] = dataclasses.replace(default, **given)  # type: ignore[type-var]
+    try:
+        return kind(**arguments)
+    except (ValueError, ModelError) as error:  # a stage's own checks
+        raise RecipeError(f"{path}: {where}.{error}") from None
+
+
+def _convert(hint: Any, value: Any, path: str, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type[Any], hint), value, path, where)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, path, where)
+    if origin is typing.Literal:
+        if value in arguments:
+            return value
+        raise RecipeError(f"{path}: {where}: {value!r} is not one of {', '.join(map(str, arguments))}")
+    if origin is tuple:
+        if isinstance(value, list):
+            return tuple(_convert(arguments[0], item, path, f"{where}[{i}]") for i, item in enumerate(value))
+        raise RecipeError(f"{path}: {where}: expected a list, found {value!r}")
+    if origin in (dict, Mapping):
+        if isinstance(value, dict):
+            return value
+        raise RecipeError(f"{path}: {where}: expected a block of keys, found {value!r}")
+    return _plain(hint, value, path, where)
+
+
+def _plain(hint: Any, value: Any, path: str, where: str) -> Any:
+    if hint is float and type(value) is int:
+        return float(value)
+    if hint is str and type(value) is int and where == "dataset.only_parts":  # `only_parts: 3` is a number in YAML
+        return str(value)
+    if type(value) is not hint or (hint is float and not math.isfinite(value)):
+        raise RecipeError(f"{path}: {where}: expected {_WORDS.get(hint, hint)}, found {value!r}")
+    return value
+
+
+_WORDS = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}

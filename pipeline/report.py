@@ -1,0 +1,180 @@
+"""`vesl report`, `vesl plan` and `vesl status` as tables: the funnel with its reasons, and what came out of it."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import duckdb
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..transforms.filters import VERDICTS
+from ..transforms.outcomes import reason_of
+from .ingest import input_tables
+from .plan import Plan
+from .progress import Count, Tally
+from .run import last_run
+
+
+def funnel(plan: Plan) -> Tally:
+    """Count the published parts of each step from their footers."""
+    rows = sum((plan.store.footer(name) or {"rows": 0})["rows"] for name in _inputs(plan))
+    tally = Tally([step.name for step in plan.steps], rows)
+    for step in plan.steps:
+        for part in plan.parts:
+            if part in plan.done[step.name] and (footer := plan.store.footer(step.table(part))):
+                tally.counts[step.name].add(footer)
+    return tally
+
+
+def _inputs(plan: Plan) -> list[str]:
+    tables = input_tables(plan.dataset) if plan.dataset else []
+    return [tables[part] for part in plan.parts]
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """The chain: what each step is, and what it has to do."""
+    table = Table("step", "fingerprint", "parts done", "missing", "opens a model", "model", "measured", box=None)
+    seen = (last_run(plan.store) or {}).get("progress", {})
+    for step in plan.steps:
+        missing = len(plan.missing(step))
+        model = getattr(step.stage, "model", getattr(step.stage, "tagger", ""))
+        opens = "yes" if step.stage.opens_model and missing else "no"
+        record = seen.get(step.name, {})
+        rate = f"{record['fresh'] / record['seconds']:.1f} rows/s per worker" if record.get("seconds") else ""
+        name = f"{step.fingerprint} (adopted)" if step.adopted else step.fingerprint
+        table.add_row(step.name, name, str(len(plan.parts) - missing), str(missing), opens, model, rate)
+    console.print(f"store {plan.store.url}, data set {plan.recipe.dataset.name}", markup=False, highlight=False)
+    if plan.dataset is None:
+        console.print("nothing is ingested yet: `vesl run` does it first", highlight=False)
+    console.print(table)
+    cost = _left(plan, seen)
+    if cost:
+        console.print(cost, highlight=False)
+
+
+def _left(plan: Plan, seen: dict[str, Any]) -> str:
+    """The work that is missing, in worker-seconds at the speeds of the last run."""
+    rows = sum((plan.store.footer(name) or {"rows": 0})["rows"] for name in _inputs(plan))
+    share = rows / len(plan.parts) if plan.parts else 0.0
+    seconds, unknown = 0.0, []
+    for step in plan.steps:
+        missing, record = len(plan.missing(step)), seen.get(step.name, {})
+        if missing and record.get("fresh"):
+            seconds += missing * share * record["seconds"] / record["fresh"]
+        elif missing:
+            unknown.append(step.name)
+        if record.get("rows"):
+            share *= record["kept"] / record["rows"]
+    if not seconds:
+        return ""
+    note = f" (without {', '.join(unknown)}, not measured yet)" if unknown else ""
+    return f"missing work: about {seconds:.0f} worker-seconds at the speeds of the last run{note}"
+
+
+def print_status(plan: Plan, console: Console) -> None:
+    """How far the store is, and what the newest run says of itself."""
+    print_funnel(plan, console, reasons=False)
+    record = last_run(plan.store)
+    if record is None:
+        console.print("no run yet", highlight=False)
+        return
+    line = f"last run: {record['state']} on {record['host']} (process {record['pid']})"
+    left = [
+        f"{step} {p['rows']}/{p['expected']}"
+        for step, p in record["progress"].items()
+        if record["state"] == "running" and p["rows"] < p["expected"]
+    ]
+    if left:
+        elapsed = record["updated"] - record["started"]
+        times = [
+            (p["expected"] - p["rows"]) * elapsed / p["fresh"]
+            for p in record["progress"].values()
+            if p["fresh"] and p["rows"] < p["expected"]
+        ]
+        line += f", rows {', '.join(left)}" + (f"; about {max(times):.0f} s left" if times else "")
+    console.print(line, markup=False, highlight=False)
+
+
+def print_funnel(plan: Plan, console: Console, reasons: bool = True) -> None:
+    """Rows in, kept and dropped per step, with every reason that occurred."""
+    tally = funnel(plan)
+    table = Table("step", "parts", "rows", "kept", "rejected", "failed", box=None)
+    if reasons:
+        table.add_column("reason")
+        table.add_column("rows", justify="right")
+        table.add_column("meaning", style="dim")
+    for ingest in plan.dataset["ingests"] if plan.dataset else []:
+        counts = {name: ingest[name] for name in ("duplicate_url", "no_url", "malformed") if ingest[name]}
+        dropped = str(sum(counts.values()))
+        row = ["ingest", str(ingest["parts"]), str(ingest["rows"]), str(ingest["kept"]), dropped, "0"]
+        _rows(table, row, [(name, n, _INGEST[name]) for name, n in counts.items()] if reasons else [])
+    for step, count in tally.counts.items():
+        row = [step, f"{count.parts}/{len(plan.parts)}", str(count.rows), str(count.kept)]
+        row += [str(count.rejected.total()), str(count.failed.total())]
+        _rows(table, row, _reasons(step, count) if reasons else [])
+    console.print(table)
+
+
+_INGEST = {
+    "duplicate_url": "an earlier row has the same normalised URL",
+    "no_url": "no URL in the row, or a line that is no record",
+    "malformed": "a line that cannot be read as a row",
+}
+
+
+def _reasons(step: str, count: Count) -> list[tuple[str, int, str]]:
+    both = (count.rejected + count.failed).most_common()
+    return [(name, n, reason_of(step, name).meaning) for name, n in both]
+
+
+def _rows(table: Table, row: list[str], reasons: Iterable[tuple[str, int, str]]) -> None:
+    first = True
+    for name, n, meaning in reasons:
+        table.add_row(*(row if first else [""] * len(row)), name, str(n), meaning)
+        first = False
+    if first:
+        table.add_row(*row)
+
+
+def print_statistics(plan: Plan, console: Console) -> None:
+    """What `select` made of the detections: verdicts, regions per image, the most frequent phrases."""
+    steps = {step.name: step for step in plan.steps}
+    parts = sorted(plan.done.get("select", frozenset()) & set(plan.parts))
+    if not parts or not plan.done["select"]:
+        return
+    with duckdb.connect() as db:
+        if not plan.store.local:
+            db.register_filesystem(plan.store.fs)
+        for name in ("select", "ground", "phrases", "caption"):
+            paths = [plan.store.path(steps[name].table(part)) for part in parts]
+            if not plan.store.local:
+                paths = [plan.store.fs.unstrip_protocol(path) for path in paths]
+            listed = ", ".join("'" + path.replace("'", "''") + "'" for path in paths)
+            db.execute(f'CREATE VIEW "{name}" AS SELECT * FROM read_parquet([{listed}])')
+        db.execute(_REGIONS)
+        verdicts = db.execute("SELECT verdict, count(*) FROM pairs GROUP BY 1 ORDER BY 2 DESC, 1").fetchall()
+        images, regions = db.execute(_PER_IMAGE).fetchone() or (0, 0)
+        top = db.execute(_TOP).fetchall()
+        (words,) = db.execute(_WORDS).fetchone() or (None,)
+    table = Table("detection", "pairs", "meaning", box=None)
+    for verdict, n in verdicts:
+        table.add_row(verdict, str(n), Text(VERDICTS.get(verdict, ""), style="dim"))
+    console.print(table)
+    per = regions / images if images else 0
+    length = f", {words:.1f} words a caption" if words is not None else ""
+    console.print(f"{images} images, {regions} regions, {per:.1f} regions an image{length}", highlight=False)
+    if top:
+        console.print(
+            "most frequent: ", ", ".join(f"{phrase} ({n})" for phrase, n in top), markup=False, highlight=False
+        )
+
+
+_REGIONS = """CREATE VIEW pairs AS
+    SELECT s.key, unnest(s.verdicts) AS verdict, unnest(g.detections) AS detection, p.phrases
+    FROM "select" s JOIN ground g USING (key) JOIN phrases p USING (key) WHERE s.outcome = 'kept'"""
+_PER_IMAGE = """SELECT (SELECT count(*) FROM "select" WHERE outcome = 'kept'),
+    (SELECT count(*) FROM pairs WHERE verdict = 'kept')"""
+_TOP = """SELECT lower(phrases[detection.phrase + 1].text) AS phrase, count(*) AS n FROM pairs
+    WHERE verdict = 'kept' GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT 12"""
+_WORDS = "SELECT avg(len(string_split(c.text, ' '))) FROM (SELECT unnest(captions) AS c FROM caption)"

@@ -1,0 +1,119 @@
+"""pack: everything known of the kept samples -> region-text WebDataset shards. A shard never crosses parts."""
+
+import hashlib
+from contextlib import ExitStack
+from dataclasses import dataclass
+from io import BufferedRandom
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pyarrow as pa
+
+from ...transforms.records import ADDS, OUTCOME, Sample
+from ...transforms.shards import add_member, encode, end_tar
+from ..stage import Function, answer
+from ..store import Store
+
+_EMITS = pa.schema([("image", pa.binary()), ("json", pa.binary()), ("regions", pa.int32())])
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Writes each sample's members; a new shard begins where the next sample would pass `max_shard_bytes`."""
+
+    name: ClassVar[str] = "pack"
+    version: ClassVar[int] = 1
+    emits: ClassVar[pa.Schema] = _EMITS
+    opens_model: ClassVar[bool] = False
+    reads: ClassVar[tuple[str, ...]] = (
+        "url", "alt_text", "sha256", "width", "height", "captions", "phrases", "detections", "verdicts",
+        "image", "select",
+    )  # fmt: skip
+
+    max_shard_bytes: int = 1 << 29
+
+    def __post_init__(self) -> None:
+        if self.max_shard_bytes < 1:
+            raise ValueError(f"max_shard_bytes: {self.max_shard_bytes} is not a positive number")
+
+    def open(self) -> Function:
+        """Return the function; there is nothing to load."""
+
+        def pack(batch: pa.Table) -> pa.Table:
+            results = []
+            for row in batch.to_pylist():
+                sample = Sample.from_row(row)
+                results.append({"image": row["image"], "json": encode(sample), "regions": len(sample.regions)})
+            return answer(batch, self.name, results, _EMITS)
+
+        return pack
+
+    def sink(self, store: Store, folder: str, part: int, fingerprint: str) -> "Shards":
+        """Open the part's shards."""
+        return Shards(store, folder, part, self.max_shard_bytes)
+
+
+class Shards:
+    """The shards of one part, one open at a time."""
+
+    def __init__(self, store: Store, folder: str, part: int, max_bytes: int) -> None:
+        self._store, self._folder, self._part, self._max_bytes = store, folder, part, max_bytes
+        self._done: list[dict[str, Any]] = []
+        self._stack = ExitStack()
+        self._path: Path | None = None
+        self._file: BufferedRandom
+
+    @property
+    def _name(self) -> str:
+        return f"shard-{self._part:05d}-{len(self._done):03d}.tar"
+
+    def add(self, batch: pa.Table) -> pa.Table:
+        """Append the kept samples; the columns `shard` and `position` (of the sample in its shard) stand for them."""
+        places: list[tuple[str | None, int | None]] = []
+        columns = (batch[name].to_pylist() for name in ("key", "image", "json", "regions"))
+        for key, image, document, regions in zip(*columns, strict=True):
+            places.append((None, None) if document is None else self._write(key, image, document, regions))
+        table = batch.select([field.name for field in OUTCOME])
+        for i, field in enumerate(ADDS["pack"]):
+            table = table.append_column(field, pa.array([place[i] for place in places], field.type))
+        return table
+
+    def _write(self, key: str, image: bytes, document: bytes, regions: int) -> tuple[str, int]:
+        if self._path and self._file.tell() + len(image) + len(document) > self._max_bytes:
+            self._finish()
+        if self._path is None:
+            self._path = self._stack.enter_context(self._store.spool(f"{self._folder}/{self._name}"))
+            self._file = self._stack.enter_context(self._path.open("x+b"))
+            self._samples = self._regions = 0
+        add_member(self._file, f"{key}.jpg", image)
+        add_member(self._file, f"{key}.json", document)
+        self._samples += 1
+        self._regions += regions
+        return self._name, self._samples - 1
+
+    def _finish(self) -> None:
+        assert self._path is not None
+        end_tar(self._file)
+        counts = {"samples": self._samples, "regions": self._regions, "bytes": self._file.tell()}
+        self._file.seek(0)
+        digest = hashlib.file_digest(self._file, "sha256").hexdigest()
+        self._file.flush()
+        target = f"{self._folder}/{self._name}"
+        self._store.publish(self._path, target)
+        self._stack.close()
+        self._store.sweep(target)
+        self._done.append({"name": self._name, **counts, "sha256": digest})
+        self._path = None
+
+    def blobs(self, rows: pa.Table) -> None:
+        """Packing again is quicker than saving half of it."""
+
+    def close(self) -> dict[str, Any]:
+        """Publish the last shard."""
+        if self._path:
+            self._finish()
+        return {"shards": self._done}
+
+    def abort(self) -> None:
+        """Drop the unfinished shard."""
+        self._stack.close()

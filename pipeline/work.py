@@ -1,0 +1,268 @@
+"""One part through one step, on whatever machine: read what came in, run the guarded stage, save, publish.
+
+Every engine calls `run_part`; nothing else in the project computes a result. Rows go through in their stored order, so
+that what is unfinished is always a prefix of the part: it is saved now and then, and any later attempt goes on from it.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ..transforms.outcomes import Drop
+from ..transforms.records import ADDS, INPUT, step_schema
+from .guard import guarded
+from .stage import Function, Sink, Stage, Step, WithFiles, answer, part_name
+from .steps.download import orphans
+from .store import Store, encode_table, wip
+
+_AHEAD = 2  # batches read while the model is busy
+_PIECE_BYTES = 64 << 20  # of blobs in one saved piece
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker needs to know, on any machine."""
+
+    store_url: str
+    storage_options: Mapping[str, Any]
+    steps: tuple[Step, ...]
+    inputs: tuple[str, ...]  # the input table of every part
+    batch: Mapping[str, int]
+    save_every_s: float
+
+    def open_store(self) -> Store:
+        """Open the store on this worker."""
+        return Store(self.store_url, self.storage_options)
+
+
+class StaleError(Exception):
+    """Two tables of one part do not belong together; the part must be done again from the earlier one."""
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """The rows that a step receives of one part, and the content hash of the table that they come from."""
+
+    rows: pa.Table
+    parent: str
+    tar: str | None
+
+
+def incoming(store: Store, job: Job, index: int, part: int, wanted: tuple[str, ...]) -> Incoming:
+    """Join the wanted columns of all earlier steps for the rows that reached step `index`.
+
+    A step's table has the rows that its parent kept, in the same order: so joining is filtering, checked by key. Raises
+    FileNotFoundError where an earlier step is not done, StaleError where tables do not fit.
+    """
+    columns = [name for name in wanted if name not in ("image", "select")]
+    columns += ["offset", "size"] if "image" in wanted else []
+    footer = _require(store, job.inputs[part])
+    rows = store.read_table(job.inputs[part], ["key", *(c for c in INPUT.names if c in columns)])
+    tar = None
+    for step in job.steps[:index]:
+        name = step.table(part)
+        parent, footer = footer["content"], _require(store, name)
+        if footer["parent"] != parent:
+            raise StaleError(f"{name} was made from another table than {parent[:12]}")
+        own = [c for c in ADDS[step.name].names if c in columns]
+        table = store.read_table(name, ["key", "outcome", *own])
+        if not table["key"].equals(rows["key"]):
+            raise StaleError(f"{name} does not have its parent's rows")
+        for column in own:
+            rows = rows.append_column(table.field(column), table[column])
+        rows = rows.filter(pc.equal(table["outcome"], "kept"))
+        if step.name == "download":
+            tar = f"{step.folder}/{footer['tar']['name']}"
+        if step.name == "select" and "select" in wanted:
+            rows = rows.append_column("select", pa.repeat(pa.scalar(step.fingerprint), len(rows)))
+    return Incoming(rows.combine_chunks(), footer["content"], tar)
+
+
+def _require(store: Store, name: str) -> dict[str, Any]:
+    footer = store.footer(name)
+    if footer is None:
+        raise FileNotFoundError(name)
+    return footer
+
+
+def finished(store: Store, job: Job, index: int, part: int) -> dict[str, Any] | None:
+    """The footer of a part's table if it was made from the parent table that is there now, else None."""
+    footer = store.footer(job.steps[index].table(part))
+    if footer is None:
+        return None
+    parent = _require(store, job.steps[index - 1].table(part) if index else job.inputs[part])
+    return footer if footer["parent"] == parent["content"] else None
+
+
+@dataclass
+class Attempt:
+    """How one attempt goes about a part. `alone` names each row before it is tried, to find the one that kills."""
+
+    culprits: frozenset[str] = frozenset()  # keys that killed a worker when they were tried alone
+    alone: bool = False
+    on_rows: Callable[[int], None] = lambda rows: None
+    on_key: Callable[[str], None] = lambda key: None
+
+
+def run_part(
+    job: Job, index: int, part: int, opener: Callable[[Stage], Function], attempt: Attempt
+) -> tuple[dict[str, Any], bool]:
+    """Do step `index` for one part unless it is done; return its footer and whether there was anything to do.
+
+    `opener` gives the stage's function, and is not called where no row is left. Raises StaleError for a part that an
+    adopted result does not have.
+    """
+    store, step = job.open_store(), job.steps[index]
+    if footer := finished(store, job, index, part):
+        store.sweep(step.table(part))
+        return footer, False
+    if step.adopted:
+        raise StaleError(f"the adopted result {step.folder} has no {part_name(part)} for these inputs")
+    stage = step.stage
+    given = incoming(store, job, index, part, stage.reads)
+    sink = stage.sink(store, step.folder, part, step.fingerprint) if isinstance(stage, WithFiles) else None
+    saver = Saver(store, job, step, part, given, sink)
+    try:
+        saver.resume()
+        attempt.on_rows(saver.done)
+        function = opener(stage) if saver.done < len(given.rows) else None
+        size = 1 if attempt.alone else job.batch[step.name]
+        for batch in _ahead(store, given, stage, saver.done, size):
+            assert function is not None
+            result = _attempt(function, batch, stage, attempt)
+            saver.add(sink.add(result) if sink else result)
+            attempt.on_rows(len(batch))
+        footer = _footer(step, part, given, saver.table(), sink.close() if sink else {})
+    except BaseException:
+        if sink:
+            sink.abort()
+        raise
+    return _publish(store, step, part, given.parent, saver.table(), footer), True
+
+
+def _attempt(function: Function, batch: pa.Table, stage: Stage, attempt: Attempt) -> pa.Table:
+    key = batch["key"][0].as_py()
+    if attempt.alone and key in attempt.culprits:
+        return answer(batch, stage.name, [Drop("crashed", "killed its worker when it was tried alone")], stage.emits)
+    if attempt.alone:
+        attempt.on_key(key)
+    return guarded(function, batch, stage.name, stage.emits)
+
+
+def _ahead(store: Store, given: Incoming, stage: Stage, start: int, size: int) -> Iterator[pa.Table]:
+    """The batches from row `start` on, with their images, read by a thread while the batch before is at work."""
+
+    def read(first: int) -> pa.Table:
+        batch = given.rows.slice(first, size)
+        if "image" not in stage.reads:
+            return batch
+        offsets, sizes = batch["offset"].to_pylist(), batch["size"].to_pylist()
+        assert given.tar is not None
+        images = store.read_ranges(given.tar, [(o, o + s) for o, s in zip(offsets, sizes, strict=True)])
+        return batch.append_column("image", pa.array(images, pa.binary()))
+
+    with ThreadPoolExecutor(1) as pool:
+        pending: deque[Future[pa.Table]] = deque()
+        for first in range(start, len(given.rows), size):
+            pending.append(pool.submit(read, first))
+            if len(pending) > _AHEAD:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _footer(step: Step, part: int, given: Incoming, table: pa.Table, files: dict[str, Any]) -> dict[str, Any]:
+    if not table["key"].combine_chunks().equals(given.rows["key"].combine_chunks()):
+        raise ValueError(f"{step.table(part)}: not every row that came in has an outcome")
+    counts: dict[str, Any] = {"kept": 0, "rejected": {}, "failed": {}}
+    for row in table.group_by(["outcome", "reason"]).aggregate([([], "count_all")]).to_pylist():
+        if row["outcome"] == "kept":
+            counts["kept"] = row["count_all"]
+        else:
+            counts[row["outcome"]][row["reason"]] = row["count_all"]
+    head = {"step": step.name, "fingerprint": step.fingerprint, "part": part, "parent": given.parent}
+    return {**head, "rows": len(table), "counts": counts, **files}
+
+
+def _publish(
+    store: Store, step: Step, part: int, parent: str, table: pa.Table, footer: dict[str, Any]
+) -> dict[str, Any]:
+    """Create the part's Parquet file, the mark that it is done; where another attempt was first, its result counts."""
+    name, data = step.table(part), encode_table(table, footer)
+    if not store.create(name, data):
+        there = _require(store, name)
+        if there["parent"] != parent:  # left from a parent that is gone: the one case where a table is replaced
+            store.replace(name, data)
+    published = _require(store, name)
+    if isinstance(step.stage, WithFiles) and "tar" in published:
+        names = store.names(step.folder, f"{part_name(part)}.")
+        for orphan in orphans(names, published["tar"]["name"]):
+            store.remove(f"{step.folder}/{orphan}")
+    return published
+
+
+class Saver:
+    """The outcomes of one attempt, in order, saved about every `save_every_s` into the part's wip folder.
+
+    A piece is named by its rows, `00000128-00000256.parquet`; pieces of several attempts may overlap, any chain of them
+    from row 0 is good.
+    """
+
+    def __init__(self, store: Store, job: Job, step: Step, part: int, given: Incoming, sink: Sink | None) -> None:
+        self._store, self._step, self._given, self._sink = store, step, given, sink
+        self._folder = wip(step.table(part))
+        self._schema = step_schema(step.name)
+        self._every_s, self._last = job.save_every_s, time.monotonic()
+        self._tables: list[pa.Table] = []
+        self._saved = 0
+        self.done = 0
+
+    def resume(self) -> None:
+        """Take over what earlier attempts at the same incoming rows saved."""
+        spans: dict[int, int] = {}
+        for name in self._store.names(self._folder):
+            with suppress(ValueError):
+                start, end = map(int, name.removesuffix(".parquet").split("-"))
+                spans[start] = max(end, spans.get(start, 0))
+        while self.done in spans:
+            name = f"{self._folder}/{self.done:08d}-{spans[self.done]:08d}.parquet"
+            footer = self._store.footer(name)
+            if footer is None or footer["parent"] != self._given.parent:
+                break
+            piece = self._store.read_table(name)
+            self.add(self._sink.add(piece) if self._sink else piece)
+            self._saved = self.done
+
+    def add(self, rows: pa.Table) -> None:
+        """Take the outcomes of the next rows."""
+        self._tables.append(rows.select(self._schema.names).cast(self._schema))
+        self.done += len(rows)
+        if time.monotonic() - self._last >= self._every_s and self.done < len(self._given.rows):
+            self._save()
+            self._last = time.monotonic()
+
+    def table(self) -> pa.Table:
+        """All outcomes so far."""
+        return pa.concat_tables(self._tables) if self._tables else self._schema.empty_table()
+
+    def _save(self) -> None:
+        rows = self.table().slice(self._saved)
+        step = len(rows)
+        if self._sink and "size" in rows.column_names:
+            per_row = (pc.sum(rows["size"]).as_py() or 0) // len(rows) + 1
+            step = max(1, _PIECE_BYTES // per_row)
+        for start in range(0, len(rows), step):
+            piece = rows.slice(start, step)
+            whole = self._sink.blobs(piece) if self._sink else piece
+            if whole is None:
+                return
+            name = f"{self._folder}/{self._saved:08d}-{self._saved + len(piece):08d}.parquet"
+            self._store.create(name, encode_table(whole, {"parent": self._given.parent}))
+            self._saved += len(piece)
