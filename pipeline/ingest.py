@@ -10,9 +10,11 @@ import difflib
 import glob
 import gzip
 import io
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from .store import FORMAT, Store, encode_table
 
 MEMORY = "768MB"  # DuckDB's share; Arrow's batches and the interpreter come on top
 _BATCH = 50_000
+_HEAD_BYTES = 1 << 22  # of a text file, to learn its columns
 _KINDS = {".parquet": "parquet", ".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl"}
 Report = Callable[[int], None]
 
@@ -203,7 +206,7 @@ def _rows(
             query = f"SELECT CAST({_quoted(url_column)} AS VARCHAR), {caption} FROM {scan}"
             yield from _reader(db, query)
             if source.kind in ("csv", "tsv"):
-                (lines,) = db.execute("SELECT count(DISTINCT line) FROM reject_errors").fetchone() or (0,)
+                [(lines,)] = db.sql("SELECT count(DISTINCT line) FROM reject_errors").fetchall()
                 counts["malformed"] += lines
         except (duckdb.Error, OSError, EOFError) as error:
             first = str(error).strip().split("\n", 1)[0]
@@ -218,22 +221,31 @@ def _scan(source: Source, path: str, db: duckdb.DuckDBPyConnection, wanted: tupl
             source, [row[0] for row in db.execute(f"DESCRIBE SELECT * FROM read_parquet({file})").fetchall()], wanted
         )
         return f"read_parquet({file})"
-    if source.kind == "jsonl":
-        columns = _struct([c for c in wanted if c])
-        options = "format='newline_delimited', ignore_errors=true, maximum_object_size=16777216"
-        probe = f"SELECT * FROM read_json({file}, {options}, records=true, sample_size=1000)"
-        _require(source, [row[0] for row in db.execute(f"DESCRIBE {probe}").fetchall()], wanted)
-        return f"read_json({file}, {options}, records=true, columns={columns})"
-    delimiter = "\t" if source.kind == "tsv" else ","
     with source.fs.open(source.path, "rb") as raw:
         stream = gzip.GzipFile(fileobj=raw) if source.path.lower().endswith(".gz") else raw
-        head = io.StringIO(stream.read(1 << 20).decode("utf-8-sig", errors="replace"), newline="")
-    header = next(csv.reader(head, delimiter=delimiter), [])
+        head = stream.read(_HEAD_BYTES).decode("utf-8-sig", errors="replace")
+    if source.kind == "jsonl":
+        _require(source, _json_keys(head), wanted)
+        columns = _struct([c for c in wanted if c])
+        options = "format='newline_delimited', ignore_errors=true, maximum_object_size=16777216"
+        return f"read_json({file}, {options}, columns={columns})"
+    delimiter = "\t" if source.kind == "tsv" else ","
+    header = next(csv.reader(io.StringIO(head, newline=""), delimiter=delimiter), [])
     _require(source, header, wanted)
     return (
         f"read_csv({file}, auto_detect=false, header=true, columns={_struct(header)}, delim='{delimiter}', quote='\"', "
         "escape='\"', null_padding=true, parallel=false, store_rejects=true)"
     )
+
+
+def _json_keys(head: str) -> list[str]:
+    """The keys of the records at a file's beginning, in order of appearance."""
+    keys: dict[str, None] = {}
+    for line in head.splitlines():
+        with suppress(ValueError, RecursionError):  # a broken line becomes a row without a URL, and is counted
+            record = json.loads(line)
+            keys |= dict.fromkeys(record) if isinstance(record, dict) else {}
+    return list(keys)
 
 
 def _struct(columns: list[str]) -> str:
@@ -266,7 +278,7 @@ def _publish(
             db.execute("CREATE VIEW known AS SELECT key FROM read_parquet($1)".replace("$1", repr(paths)))
             known = "ANTI JOIN known USING (key)"
         db.execute(f"CREATE TABLE chosen AS SELECT min(place) AS place FROM staged {known} GROUP BY key")
-        (kept,) = db.execute("SELECT count(*) FROM chosen").fetchone() or (0,)
+        [(kept,)] = db.sql("SELECT count(*) FROM chosen").fetchall()
         parts = -(-kept // rows_per_part)
         columns = ", ".join(f"staged.{_quoted(name)}" for name in INPUT.names)
         query = f"SELECT {columns} FROM staged SEMI JOIN chosen USING (place) ORDER BY staged.key"

@@ -154,9 +154,9 @@ def print_statistics(plan: Plan, console: Console) -> None:
             db.execute(f'CREATE VIEW "{name}" AS SELECT * FROM read_parquet([{listed}])')
         db.execute(_REGIONS)
         verdicts = db.execute("SELECT verdict, count(*) FROM pairs GROUP BY 1 ORDER BY 2 DESC, 1").fetchall()
-        images, regions = db.execute(_PER_IMAGE).fetchone() or (0, 0)
+        [(images, regions)] = db.execute(_PER_IMAGE).fetchall()
         top = db.execute(_TOP).fetchall()
-        (words,) = db.execute(_WORDS).fetchone() or (None,)
+        [(words,)] = db.execute(_WORDS).fetchall()
     table = Table("detection", "pairs", "meaning", box=None)
     for verdict, n in verdicts:
         table.add_row(verdict, str(n), Text(VERDICTS.get(verdict, ""), style="dim"))

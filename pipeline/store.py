@@ -41,7 +41,7 @@ class Store:
         self.url = url
         try:
             # Another process or machine writes beside us, so a cached listing would be a wrong one.
-            self.fs, root = fsspec.url_to_fs(url, use_listings_cache=False, **(options or {}))
+            self.fs, root = fsspec.url_to_fs(url, **{**(options or {}), "use_listings_cache": False})
         except (ValueError, ImportError, TypeError) as error:
             raise StoreError(f"store {url}: {error}") from None
         self.root = root.rstrip("/")
