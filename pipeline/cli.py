@@ -122,3 +122,7 @@ def _show(options: argparse.Namespace, plan: "object", console: "object") -> int
             return 2
         print(options.image)
     return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.webserver import WebServer
+from tests.world import World
 from vesl.pipeline.store import Store
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -35,3 +38,16 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     if request.param == "folder":
         return Store(str(tmp_path / "store"))
     return Store(f"s3://bucket/{tmp_path.name}", request.getfixturevalue("s3_options"))
+
+
+@pytest.fixture
+def server() -> Iterator[WebServer]:
+    """A web server on loopback."""
+    with WebServer() as running:
+        yield running
+
+
+@pytest.fixture
+def world(tmp_path: Path, server: WebServer) -> World:
+    """A small web with a recipe for it, in a folder."""
+    return World(tmp_path, server)

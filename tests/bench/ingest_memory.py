@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
 from vesl.pipeline.ingest import ingest
 from vesl.pipeline.store import Store
 

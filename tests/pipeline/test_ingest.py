@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from vesl.pipeline.ingest import IngestError, ingest, input_tables
 from vesl.pipeline.store import Store
 from vesl.transforms import urls

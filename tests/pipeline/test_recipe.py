@@ -2,6 +2,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+
 from vesl.pipeline.recipe import Recipe, RecipeError, load, only_parts
 from vesl.pipeline.stage import Step
 
@@ -71,9 +72,7 @@ def test_base_is_inherited_and_overridden(tmp_path: Path) -> None:
         ("base: nowhere.yaml\n", [], "nowhere.yaml: cannot be read: No such file"),
     ],
 )  # fmt: skip
-def test_every_mistake_is_one_line_that_says_where(
-    tmp_path: Path, text: str, overrides: list[str], says: str
-) -> None:
+def test_every_mistake_is_one_line_that_says_where(tmp_path: Path, text: str, overrides: list[str], says: str) -> None:
     with pytest.raises(RecipeError) as caught:
         read(tmp_path, text, *overrides)
     message = str(caught.value)

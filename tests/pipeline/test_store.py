@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+
 from vesl.pipeline.store import Store, StoreError, encode_table, wip
 from vesl.transforms.records import DETECTION
 

@@ -1,0 +1,76 @@
+"""Stand-in models that a recipe names as `tests.standins:<function>@1`, to make faults and slowness on purpose.
+
+They are real models of the project's contract: a user's own model is named in the same way.
+"""
+
+import hashlib
+import os
+import signal
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from vesl.models.contract import Captioner, Detections, Grounder
+
+
+def grounder(score_floor: float) -> Grounder:
+    """Two boxes a phrase, which depend on the phrase and the image only."""
+
+    def ground(images: Sequence[Image.Image], phrases: Sequence[Sequence[str]]) -> list[Detections]:
+        return [_detections(image, asked, score_floor) for image, asked in zip(images, phrases, strict=True)]
+
+    return ground
+
+
+def _detections(image: Image.Image, phrases: Sequence[str], score_floor: float) -> Detections:
+    boxes, labels, scores = [], [], []
+    for label, phrase in enumerate(phrases):
+        for i in range(2):
+            digest = hashlib.sha256(f"{phrase} {i} {image.size} {image.getpixel((0, 0))}".encode()).digest()
+            x, y, w, h, score = (byte / 255 for byte in digest[:5])
+            boxes.append([x * 0.6, y * 0.6, x * 0.6 + 0.1 + w * 0.3, y * 0.6 + 0.1 + h * 0.3])
+            labels.append(label)
+            scores.append(max(score, score_floor))
+    return Detections(
+        np.asarray(boxes, np.float32).reshape(-1, 4), np.asarray(labels, np.int16), np.asarray(scores, np.float32)
+    )
+
+
+def captioner() -> Captioner:
+    """Says the alt text, unless that asks for trouble: `raise`, `kill`, `exhaust`, `silence`.
+
+    The environment makes it slow, talkative, and note what it was asked: STANDIN_WAIT_S, STANDIN_SAYS, STANDIN_LOG.
+    """
+    wait_s = float(os.environ.get("STANDIN_WAIT_S", "0"))
+    log = os.environ.get("STANDIN_LOG")
+    says = os.environ.get("STANDIN_SAYS", "")
+
+    def caption(images: Sequence[Image.Image], alt_texts: Sequence[str]) -> list[list[str]]:
+        if any("kill" in text for text in alt_texts):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if any("raise" in text for text in alt_texts):
+            raise RuntimeError("a model that does\nnot like this")
+        if len(alt_texts) > 2 and any("exhaust" in text for text in alt_texts):
+            raise MemoryError
+        written = []
+        for image, text in zip(images, alt_texts, strict=True):
+            time.sleep(wait_s)
+            if log:
+                with open(log, "a", encoding="utf-8") as file:
+                    file.write(f"{text}\n")
+            written.append([] if "silence" in text else [f"{text}, {image.width} pixels wide{says}"])
+        return written
+
+    return caption
+
+
+def broken_grounder(score_floor: float) -> Grounder:
+    """Answers with a phrase that nobody asked for."""
+
+    def ground(images: Sequence[Image.Image], phrases: Sequence[Sequence[str]]) -> list[Detections]:
+        box = np.asarray([[0, 0, 1, 1]], np.float32)
+        return [Detections(box, np.asarray([99], np.int16), np.asarray([0.9], np.float32)) for _ in images]
+
+    return ground
