@@ -30,7 +30,11 @@ PHOTOS = {
     "rocket.jpg": ("skimage", "data/rocket.jpg", "Falcon 9 rocket on the launch pad at night"),
     "temple.jpg": ("sklearn", "datasets/images/china.jpg", "Chinese temple with yellow roofs under a blue sky"),
     "flower.jpg": ("sklearn", "datasets/images/flower.jpg", "DSC_0042"),
-    "officer.jpg": ("matplotlib", "mpl-data/sample_data/grace_hopper.jpg", "Rear Admiral Grace Hopper in front of a flag"),
+    "officer.jpg": (
+        "matplotlib",
+        "mpl-data/sample_data/grace_hopper.jpg",
+        "Rear Admiral Grace Hopper in front of a flag",
+    ),
     "quokka.jpg": ("imgaug", "quokka.jpg", "😀 happy quokka!!! <b>free download</b>"),
 }
 
@@ -71,7 +75,7 @@ BAD = {
 class Handler(BaseHTTPRequestHandler):
     """Photographs, bad files, a slow answer, and 404 for the rest."""
 
-    def do_GET(self) -> None:  # noqa: N802  (the library's name)
+    def do_GET(self) -> None:
         """Answer one request."""
         name = self.path.rsplit("/", 1)[-1]
         if name in PHOTOS or name in BAD:
@@ -123,7 +127,9 @@ def main(folder: Path) -> None:
     try:
         server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     except OSError as error:
-        raise SystemExit(f"photos: port {port} of {path}: {error.strerror}; end what uses it, or remove {folder}") from None
+        raise SystemExit(
+            f"photos: port {port} of {path}: {error.strerror}; end what uses it, or remove {folder}"
+        ) from None
     if not port:
         write_list(path, server.server_port)
     print("ready", flush=True)

@@ -1,11 +1,7 @@
 """How fast the built-in models are on one core: python tests/bench/tiny_speed.py [rounds]."""
 
-import os
-
-for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[variable] = "1"
-
 import importlib.resources
+import os
 import resource
 import sys
 import time
@@ -36,6 +32,8 @@ def load(path: str) -> Image.Image:
 
 def main() -> None:
     """Print opening time, images/s of a core (by CPU time and by the clock) and peak memory."""
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[variable] = "1"  # before numpy and torch are imported, which read them then
     import torch
 
     from vesl.models import tiny

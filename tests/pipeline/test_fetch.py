@@ -204,6 +204,16 @@ def test_a_compression_nobody_asked_for_is_undone(server: WebServer, encoding: s
     assert fetch(server.add("/packed", web.body(packed, Content_Encoding=encoding))).body == BODY
 
 
+def test_what_follows_the_end_of_a_compressed_body_is_left_alone(server: WebServer) -> None:
+    def answer(peer: web.Peer) -> None:
+        peer.head(Content_Encoding="gzip")
+        peer.send(gzip.compress(BODY))
+        while True:
+            peer.send(bytes(0x10000))
+
+    assert fetch(server.add("/tail", answer)).body == BODY
+
+
 def test_the_limit_on_bytes_is_exact(server: WebServer) -> None:
     for name, size in (("fits", 1_000_000), ("not", 1_000_001)):
         packed = web.body(gzip.compress(bytes(size), 1), Content_Encoding="gzip")

@@ -30,15 +30,13 @@ def write_parquet(path: Path) -> None:
 
 
 def write_delimited(path: Path) -> None:
-    text = path.open("w", newline="", encoding="utf-8") if path.suffix != ".gz" else gzip.open(path, "wt", newline="")
-    with text as file:
+    with gzip.open(path, "wt", newline="") if path.suffix == ".gz" else path.open("w", newline="") as file:
         writer = csv.writer(file, delimiter="\t" if ".tsv" in path.name else ",")
         writer.writerows([("id", "url", "alt"), *((i, u, a) for i, (u, a) in enumerate(ROWS))])
 
 
 def write_jsonl(path: Path) -> None:
-    text = path.open("w", encoding="utf-8") if path.suffix != ".gz" else gzip.open(path, "wt")
-    with text as file:
+    with gzip.open(path, "wt") if path.suffix == ".gz" else path.open("w") as file:
         file.writelines(json.dumps({"url": u, "alt": a, "n": {"x": [1]}}) + "\n" for u, a in ROWS)
 
 
