@@ -150,16 +150,19 @@ def sheet(plan: Plan, histories: Sequence[dict[str, Any]]) -> Image.Image | None
         return None
     columns = min(3, len(pictures))
     font = ImageFont.load_default(13)
-    cell_w, cell_h = _SIDE_PX + 16, _SIDE_PX + 60
-    rows = -(-len(pictures) // columns)
-    page = Image.new("RGB", (columns * cell_w, rows * cell_h), "white")
+    rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
+    heights = [max(image.height for image, _ in row) + 64 for row in rows]
+    page = Image.new("RGB", (columns * (_SIDE_PX + 16), sum(heights)), "white")
     draw = ImageDraw.Draw(page)
-    for i, (image, history) in enumerate(pictures):
-        x, y = i % columns * cell_w + 8, i // columns * cell_h + 8
-        page.paste(image, (x, y))
-        text = (history.get("captions") or [{"text": history["alt_text"] or ""}])[0]["text"]
-        for n, part in enumerate(_wrapped(f"{history['key'][:8]}  {text}", draw, font, _SIDE_PX)[:3]):
-            draw.text((x, y + image.height + 2 + 15 * n), part, fill="black", font=font)
+    top = 8
+    for row, height in zip(rows, heights, strict=True):
+        for i, (image, history) in enumerate(row):
+            x, y = i * (_SIDE_PX + 16) + 8, top
+            page.paste(image, (x, y))
+            text = (history.get("captions") or [{"text": history["alt_text"] or ""}])[0]["text"]
+            for n, line in enumerate(_wrapped(f"{history['key'][:8]}  {text}", draw, font, _SIDE_PX)[:3]):
+                draw.text((x, y + image.height + 2 + 15 * n), line, fill="black", font=font)
+        top += height
     return page
 
 

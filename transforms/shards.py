@@ -73,7 +73,7 @@ def encode(sample: Sample) -> bytes:
 def decode(data: bytes) -> Sample:
     """Read `KEY.json` from anywhere. Raises ValueError, saying what is wrong, for anything outside the contract."""
     try:
-        document = json.loads(data)
+        document = json.loads(data.decode())
         sample = Sample(
             **{k: document[k] for k in ("key", "url", "sha256", "width", "height", "alt_text", "select")},
             captions=tuple(Caption(text=c["text"], model=c["model"]) for c in document["captions"]),
