@@ -86,7 +86,8 @@ def test_tar_bytes_depend_on_content_only_and_everybody_reads_them(tmp_path: Any
     assert shards.read_range(io.BytesIO(files[0]), places[1], 512) == b"x" * 512
     with pytest.raises(ValueError, match="the tar ends"):
         shards.read_range(io.BytesIO(files[0]), places[1], 1_000_000)
-    members = tarfile.open(fileobj=io.BytesIO(files[0])).getmembers()
+    with tarfile.open(fileobj=io.BytesIO(files[0])) as tar_file:
+        members = tar_file.getmembers()
     assert [(m.name, m.size, m.mtime, m.uid, m.mode) for m in members] == [
         (f"{SAMPLE.key}.jpg", 1000, 0, 0, 0o644),
         (f"{SAMPLE.key}.json", 512, 0, 0, 0o644),
