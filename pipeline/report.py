@@ -13,7 +13,7 @@ from ..transforms.outcomes import reason_of
 from .ingest import input_tables
 from .plan import Plan
 from .progress import Count, Tally
-from .run import last_run
+from .run import last_runs
 
 
 def funnel(plan: Plan) -> Tally:
@@ -35,7 +35,7 @@ def _inputs(plan: Plan) -> list[str]:
 def print_plan(plan: Plan, console: Console) -> None:
     """The chain: what each step is, and what it has to do."""
     table = Table("step", "fingerprint", "parts done", "missing", "opens a model", "model", "measured", box=None)
-    seen = (last_run(plan.store) or {}).get("progress", {})
+    seen = _measured(plan)
     for step in plan.steps:
         missing = len(plan.missing(step))
         model = getattr(step.stage, "model", getattr(step.stage, "tagger", ""))
@@ -53,8 +53,16 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(cost, highlight=False)
 
 
+def _measured(plan: Plan) -> dict[str, Any]:
+    """The newest measurement of each step, by the runs so far."""
+    seen: dict[str, Any] = {}
+    for record in reversed(last_runs(plan.store)):
+        seen |= {step: counts for step, counts in record["progress"].items() if counts["fresh"]}
+    return seen
+
+
 def _left(plan: Plan, seen: dict[str, Any]) -> str:
-    """The work that is missing, in worker-seconds at the speeds of the last run."""
+    """The work that is missing, in worker-seconds at the speeds of the runs so far."""
     rows = sum((plan.store.footer(name) or {"rows": 0})["rows"] for name in _inputs(plan))
     share = rows / len(plan.parts) if plan.parts else 0.0
     seconds, unknown = 0.0, []
@@ -69,16 +77,17 @@ def _left(plan: Plan, seen: dict[str, Any]) -> str:
     if not seconds:
         return ""
     note = f" (without {', '.join(unknown)}, not measured yet)" if unknown else ""
-    return f"missing work: about {seconds:.0f} worker-seconds at the speeds of the last run{note}"
+    return f"missing work: about {seconds:.0f} worker-seconds at the speeds of earlier runs{note}"
 
 
 def print_status(plan: Plan, console: Console) -> None:
     """How far the store is, and what the newest run says of itself."""
     print_funnel(plan, console, reasons=False)
-    record = last_run(plan.store)
-    if record is None:
+    records = last_runs(plan.store, 1)
+    if not records:
         console.print("no run yet", highlight=False)
         return
+    record = records[0]
     line = f"last run: {record['state']} on {record['host']} (process {record['pid']})"
     left = [
         f"{step} {p['rows']}/{p['expected']}"

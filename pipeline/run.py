@@ -187,9 +187,7 @@ class Record:
             self._events, self._chunks = [], self._chunks + 1
 
 
-def last_run(store: Store) -> dict[str, Any] | None:
-    """The newest record in the store, or None."""
-    for name in reversed(store.names("runs")):
-        if document := store.read_json(f"runs/{name}/run.json"):
-            return dict(document)
-    return None
+def last_runs(store: Store, count: int = 10) -> list[dict[str, Any]]:
+    """The records of the newest runs, newest first."""
+    found = (store.read_json(f"runs/{name}/run.json") for name in store.names("runs")[: -count - 1 : -1])
+    return [dict(document) for document in found if document]

@@ -49,6 +49,7 @@ def captioner() -> Captioner:
 
     def caption(images: Sequence[Image.Image], alt_texts: Sequence[str]) -> list[list[str]]:
         if any("kill" in text for text in alt_texts):
+            os.write(2, b"some library: assertion failed\n")
             os.kill(os.getpid(), signal.SIGKILL)
         if any("raise" in text for text in alt_texts):
             raise RuntimeError("a model that does\nnot like this")

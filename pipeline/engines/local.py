@@ -8,13 +8,14 @@ by row, until the row that kills is known and fails as `crashed`.
 import multiprocessing as mp
 import os
 import signal
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import IO, Any
 
 from ...models.contract import ModelError
 from ..stage import Function, Stage
@@ -22,6 +23,7 @@ from ..work import Attempt, Job, run_part
 from . import Event, Listener
 
 _DEATHS = 2  # with other rows; then the part runs alone
+_DEATHS_ALONE = 50  # then the part is given up: it is no few rows that kill
 _FAULTS = 3  # exceptions of a part (a store that is away, a full disk) before it is given up
 _TICK_S = 0.5  # how often a busy worker tells how many rows it has done
 
@@ -43,6 +45,7 @@ class _Task:
 class _Worker:
     process: mp.process.BaseProcess
     pipe: Connection
+    output: IO[bytes]  # what its libraries print: kept off the terminal, and shown if it dies
     task: _Task | None = None
     key: str | None = None  # the row being tried, where a part runs alone
     opened: set[str] = field(default_factory=set)
@@ -84,10 +87,11 @@ def run(
 def _start(job: Job) -> _Worker:
     context = mp.get_context("spawn")  # forking a process with threads and models is not safe
     ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(job, theirs), daemon=True)
+    output = tempfile.NamedTemporaryFile(prefix="vesl-worker-", delete=False)  # noqa: SIM115  (the worker unlinks it)
+    process = context.Process(target=_work, args=(job, theirs, output.name), daemon=True)
     process.start()
     theirs.close()
-    return _Worker(process, ours)
+    return _Worker(process, ours, output)
 
 
 def _assign(job: Job, ready: list[_Task], pool: list[_Worker], limits: Mapping[str, int | None]) -> None:
@@ -148,22 +152,31 @@ def _bury(job: Job, worker: _Worker, ready: list[_Task], listen: Listener) -> No
     task = worker.task
     if task is None:
         return
-    step, code = job.steps[task.index].name, worker.process.exitcode
-    if task.alone and worker.key is None:
-        listen(
-            Event(
-                "lost", step, task.part, text=f"the worker died {task.deaths + 1} times before the first row ({code})"
-            )
-        )
+    step = job.steps[task.index].name
+    end = f"the worker died (exit code {worker.process.exitcode}{_last_words(worker)})"
+    if task.alone and (worker.key is None or task.deaths >= _DEATHS_ALONE):
+        listen(Event("lost", step, task.part, text=f"{end}, {task.deaths + 1} times in all"))
         return
     task.culprits |= {worker.key} if worker.key else set()
     task.deaths += 1
     ready.append(task)
-    listen(Event("retry", step, task.part, text=f"the worker died (exit code {code})"))
+    listen(Event("retry", step, task.part, text=end))
 
 
-def _work(job: Job, pipe: Connection) -> None:
+def _last_words(worker: _Worker) -> str:
+    """The last line that a dead worker's libraries printed, such as a failed assertion of a C library."""
+    worker.output.seek(max(0, worker.output.seek(0, os.SEEK_END) - 2000))
+    lines = worker.output.read().decode(errors="replace").split("\n")
+    worker.output.close()
+    return next((f": {line.strip()[:200]}" for line in reversed(lines) if line.strip()), "")
+
+
+def _work(job: Job, pipe: Connection, output: str) -> None:
     """A worker's life: parts in, messages out, until the pipe closes."""
+    with open(output, "wb") as file:
+        os.unlink(output)
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides what Ctrl-C means
     threading.Thread(target=_follow_parent, daemon=True).start()
     functions: dict[str, Function] = {}

@@ -120,9 +120,26 @@ def test_detections_keep_the_contract(ground: Grounder) -> None:
 
 
 def test_floor_only_cuts(ground: Grounder) -> None:
-    low, high = (tiny.open_grounder(floor)([photo("flower")], [["flowers", "a plant"]])[0] for floor in (0.05, 0.6))
-    assert len(high.scores) < len(low.scores)
-    assert np.array_equal(high.boxes, low.boxes[low.scores >= 0.6])
+    images, asked = (
+        [photo(name) for name in PHOTOS],
+        [["an animal", "a cup", "a person", "a building", "flowers"]] * len(PHOTOS),
+    )
+    strict = tiny.open_grounder(0.15)
+    for low, high in zip(ground(images, asked), strict(images, asked), strict=True):
+        over = low.scores >= np.float32(0.15)
+        assert same(high, Detections(low.boxes[over], low.phrases[over], low.scores[over]))
+    assert len(ground(images, asked)[-1].scores) > 0
+
+
+def test_a_kind_is_not_its_neighbour() -> None:
+    sight = tiny.eyes()
+    cat, beagle, lion = (sight.names.index(name) for name in ("Egyptian cat", "beagle", "lion"))
+    dog, animal, kitten = (sight.relevance(phrase) for phrase in ("a dog", "some animals", "the kitten"))
+    assert dog[beagle] > 0.8
+    assert dog[cat] < 0.05
+    assert animal[[cat, beagle, lion]].min() > 0.5
+    assert kitten[cat] > 0.8
+    assert kitten[beagle] < 0.3
 
 
 def test_an_image_does_not_depend_on_its_batch(ground: Grounder, caption: Captioner) -> None:
