@@ -88,6 +88,7 @@ def test_ranges(store: Store) -> None:
     store.create("x.bin", bytes(range(100)))
     assert store.read_ranges("x.bin", [(0, 2), (50, 53)]) == [b"\x00\x01", bytes([50, 51, 52])]
     assert store.read_ranges("x.bin", []) == []
+    assert store.read_ranges("x.bin", [(50, 53), (0, 2), (51, 52), (7, 7)]) == [b"234", b"\x00\x01", b"3", b""]
     with pytest.raises(ValueError, match="shorter"):
         store.read_ranges("x.bin", [(90, 110)])
 
