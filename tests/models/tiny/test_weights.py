@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from vesl.models import weights
 from vesl.models.contract import ModelError
+from vesl.models.tiny import weights
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vesl.models import regions, tiny
+from vesl.models import tiny
 from vesl.models.contract import Captioner, Detections, Grounder
+from vesl.models.tiny import captioner, regions, scene, vocabulary
 
 PHOTOS = {
     "astronaut": "skimage/data/astronaut.png",
@@ -132,7 +133,7 @@ def test_floor_only_cuts(ground: Grounder) -> None:
 
 
 def test_a_kind_is_not_its_neighbour() -> None:
-    sight = tiny.eyes()
+    sight = scene.eyes()
     cat, beagle, lion = (sight.names.index(name) for name in ("Egyptian cat", "beagle", "lion"))
     dog, animal, kitten = (sight.relevance(phrase) for phrase in ("a dog", "some animals", "the kitten"))
     assert dog[beagle] > 0.8
@@ -170,6 +171,16 @@ def test_captions_say_what_is_there(caption: Captioner, name: str, words: str) -
     assert text[0].isupper()
     assert text.endswith(".")
     assert not re.search(r"\ba [aeiou]|\ban [^aeiouAEIOU]|  ", text)
+
+
+def test_no_caption_without_evidence(caption: Captioner) -> None:
+    """Photographs of nothing that the networks know: grass, coins, stars, a blurred dial, one colour."""
+    data = importlib.resources.files("skimage") / "data"
+    images = [Image.new("RGB", (300, 200), "teal")]
+    for name in ("grass.png", "coins.png", "hubble_deep_field.jpg", "clock_motion.png"):
+        with importlib.resources.as_file(data / name) as file, Image.open(file) as image:
+            images.append(image.convert("RGB"))
+    assert caption(images, [""] * 5) == [[]] * 5
 
 
 def test_captions_count(caption: Captioner) -> None:
@@ -217,7 +228,7 @@ def test_any_phrase(ground: Grounder) -> None:
 
 
 def test_models_share_networks() -> None:
-    assert tiny.eyes() is tiny.eyes()
+    assert scene.eyes() is scene.eyes()
 
 
 @pytest.mark.parametrize(
@@ -232,7 +243,7 @@ def test_models_share_networks() -> None:
     ],
 )
 def test_head_noun(phrase: str, expected: tuple[str, str]) -> None:
-    assert tiny.plain(phrase) == expected
+    assert vocabulary.plain(phrase) == expected
 
 
 @pytest.mark.parametrize(
@@ -248,7 +259,7 @@ def test_head_noun(phrase: str, expected: tuple[str, str]) -> None:
     ],
 )
 def test_noun_phrases(noun: str, count: int, colour: str, expected: str) -> None:
-    assert tiny.Thing(noun, [(0.0, 0.0, 1.0, 1.0)] * count, np.ones((1, 1), bool), 1.0).said(colour) == expected
+    assert captioner.Thing(noun, [(0.0, 0.0, 1.0, 1.0)] * count, np.ones((1, 1), bool), 1.0).said(colour) == expected
 
 
 def test_components_and_touching_instances() -> None:
