@@ -47,7 +47,7 @@ class Plan:
             storage_options=self.recipe.storage_options,
             steps=self.steps,
             inputs=tuple(input_tables(self.dataset)) if self.dataset else (),
-            batch={step.name: getattr(engine, step.name).batch or 32 for step in self.steps},
+            batch={step.name: engine.of(step.name).batch or 32 for step in self.steps},
             save_every_s=engine.save_every_s,
         )
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import yaml
 
 from ..models.contract import ModelError
+from .engines import Engine
 from .steps.caption import Caption
 from .steps.download import Download
 from .steps.ground import Ground
@@ -63,29 +64,6 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Resources:
-    """What one step gets on the engine: parts at a time (default: all workers), and rows per batch."""
-
-    workers: int | None = None
-    batch: int | None = None
-
-
-@dataclass(frozen=True)
-class Engine:
-    """Who carries the parts through the steps. Nothing here can change a result."""
-
-    kind: str = "local"
-    workers: int | None = None  # processes; default: one per core
-    save_every_s: float = 60.0  # how much work of a slow part a crash may cost
-    download: Resources = Resources(batch=256)
-    caption: Resources = Resources(batch=32)
-    phrases: Resources = Resources(batch=256)
-    ground: Resources = Resources(batch=32)
-    select: Resources = Resources(batch=4096)
-    pack: Resources = Resources(batch=256)
-
-
-@dataclass(frozen=True)
 class Recipe:
     """One run's configuration. `storage_options` go to fsspec for the store and the source, and nowhere else."""
 
@@ -121,8 +99,6 @@ def load(path: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _check(recipe: Recipe, path: str) -> None:
-    if recipe.engine.kind != "local":
-        raise RecipeError(f"{path}: engine.kind: {recipe.engine.kind!r} is not an engine; there is: local")
     counts = {"dataset.rows_per_part": recipe.dataset.rows_per_part, "engine.workers": recipe.engine.workers}
     for step in dataclasses.fields(Steps):
         resources = getattr(recipe.engine, step.name)

@@ -72,7 +72,6 @@ def _work(plan: Plan, todo: tuple[int, ...]) -> bool:
             store.create(f"{step.folder}/step.json", to_json(step.inputs))
     rows = sum((store.footer(job.inputs[part]) or {"rows": 0})["rows"] for part in todo)
     tally = Tally([step.name for step in plan.steps], rows)
-    limits = {step.name: getattr(plan.recipe.engine, step.name).workers for step in plan.steps}
     lost = 0
     with Display(tally) as display, Record(plan, tally) as record:
 
@@ -88,7 +87,7 @@ def _work(plan: Plan, todo: tuple[int, ...]) -> bool:
             if event.kind == "done":
                 check_limit(plan.recipe, tally, event.step, at_end=False)
 
-        local.run(job, todo, plan.recipe.engine.workers, limits, listen)
+        local.run(job, todo, plan.recipe.engine, listen)
     for step in plan.steps:
         check_limit(plan.recipe, tally, step.name, at_end=True)
     return lost == 0

@@ -10,6 +10,34 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True)
+class Resources:
+    """What one step gets on the engine: parts at a time (default: all workers), and rows per batch."""
+
+    workers: int | None = None
+    batch: int | None = None
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Who carries the parts through the steps. Nothing here can change a result."""
+
+    kind: Literal["local"] = "local"
+    workers: int | None = None  # processes; default: one per core
+    save_every_s: float = 60.0  # how much work of a slow part a crash may cost
+    download: Resources = Resources(batch=256)
+    caption: Resources = Resources(batch=32)
+    phrases: Resources = Resources(batch=256)
+    ground: Resources = Resources(batch=32)
+    select: Resources = Resources(batch=4096)
+    pack: Resources = Resources(batch=256)
+
+    def of(self, step: str) -> Resources:
+        """What a step gets."""
+        resources: Resources = getattr(self, step)
+        return resources
+
+
+@dataclass(frozen=True)
 class Event:
     """Something happened to one step of one part.
 
