@@ -71,7 +71,7 @@ class Recipe:
     store: str
     steps: Steps
     limits: Limits = Limits()
-    engine: Engine = Engine()
+    engine: Engine = field(default_factory=Engine)
     storage_options: Mapping[str, Any] = field(default_factory=dict)
     use: Mapping[str, str] = field(default_factory=dict)  # from `steps.<name>.use`
 

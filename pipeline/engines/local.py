@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import IO, Any
@@ -20,7 +20,7 @@ from typing import IO, Any
 from ...models.contract import ModelError
 from ..stage import Function, Stage
 from ..work import Attempt, Job, run_part
-from . import Event, Listener
+from . import Engine, Event, Listener
 
 _DEATHS = 2  # with other rows; then the part runs alone
 _DEATHS_ALONE = 50  # then the part is given up: it is no few rows that kill
@@ -51,16 +51,14 @@ class _Worker:
     opened: set[str] = field(default_factory=set)
 
 
-def run(
-    job: Job, parts: Sequence[int], workers: int | None, limits: Mapping[str, int | None], listen: Listener
-) -> None:
+def run(job: Job, parts: Sequence[int], engine: Engine, listen: Listener) -> None:
     """Carry the parts through all steps of the job.
 
-    `limits` caps the parts that are in a step at a time. A part that is given up is told as `lost`, the others go on.
+    A part that is given up is told as `lost`, the others go on.
     Raises ModelError where a model cannot be opened; whatever `listen` raises ends the run.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = min(workers or cores, len(parts))
+    count = min(engine.workers or cores, len(parts))
     threads = str(max(1, cores // count))
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):  # else each worker takes every core
         os.environ.setdefault(name, threads)
@@ -68,7 +66,7 @@ def run(
     pool = [_start(job) for _ in range(count)]
     try:
         while ready or any(worker.task for worker in pool):
-            _assign(job, ready, pool, limits)
+            _assign(job, ready, pool, engine)
             handles = [h for w in pool for h in (w.pipe, w.process.sentinel)]
             signalled = wait(handles)
             for i, worker in enumerate(pool):
@@ -94,14 +92,14 @@ def _start(job: Job) -> _Worker:
     return _Worker(process, ours, output)
 
 
-def _assign(job: Job, ready: list[_Task], pool: list[_Worker], limits: Mapping[str, int | None]) -> None:
+def _assign(job: Job, ready: list[_Task], pool: list[_Worker], engine: Engine) -> None:
     """Give idle workers the parts that are furthest on, each to one that has the step's model open if possible."""
     ready.sort(key=lambda task: (-task.index, task.part))
     for task in list(ready):
         name = job.steps[task.index].name
         busy = sum(1 for w in pool if w.task and job.steps[w.task.index].name == name)
         idle = [w for w in pool if w.task is None]
-        limit = limits.get(name)
+        limit = engine.of(name).workers
         if not idle or (limit is not None and busy >= limit):
             continue
         worker = max(idle, key=lambda w: name in w.opened)
