@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from ..models.contract import ModelError
-    from .ingest import IngestError
+    from .lists import IngestError
     from .recipe import RecipeError, load
     from .run import OverLimitError
     from .store import StoreError
