@@ -30,7 +30,7 @@ echo "The funnel:"
 "$vesl" report "$recipe" "${sets[@]}"
 echo
 echo "One sample:"
-key=$("$vesl" show "$recipe" "${sets[@]}" | awk 'NR == 1 {print $1}')
+key=$("$vesl" show "$recipe" "${sets[@]}" 2> /dev/null | awk 'NR == 1 {print $1}') || true
 if [ -n "$key" ]; then
   "$vesl" show "$recipe" "$key" "${sets[@]}"
   "$vesl" show "$recipe" --image "$out/sheet.jpg" "${sets[@]}" > /dev/null

@@ -37,9 +37,20 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line; `show` takes its keys before and after the flags. Exits with 2 for a mistake."""
+    top = parser()
+    options, rest = top.parse_known_args(arguments)
+    if options.command == "show" and not any(word.startswith("-") for word in rest):
+        options.keys += rest
+    elif rest:
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit with its code."""
-    options = parser().parse_args(arguments)
+    options = parse(arguments)
     code = 0
     try:
         code = _run(options)
@@ -69,6 +80,9 @@ def _run(options: argparse.Namespace) -> int:
         return 3
     except ModelError as error:
         print(f"vesl: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # a full disk, a store that went away
+        print(f"vesl: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
 
 

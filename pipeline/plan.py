@@ -1,7 +1,8 @@
 """What a recipe means for its store: the chain with its fingerprints, the parts, and which of them are done."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,32 +13,46 @@ from .stage import Stage, Step, fingerprint
 from .store import FORMAT, Store
 from .work import Job
 
+Footer = Mapping[str, Any]
+_READERS = 32  # footers read at a time
 INPUT_FINGERPRINT = fingerprint({"step": "input", "format": FORMAT, "url_normalisation": urls.NORMALISATION})
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe resolved against its store. `done` has the parts with a table, per step."""
+    """A recipe resolved against its store.
+
+    `inputs` has the footers of the input tables by part, `done` those of the parts that are done, per step. A table
+    that was made from a parent that is no longer there is not done.
+    """
 
     recipe: Recipe
     store: Store
     dataset: Mapping[str, Any] | None
     steps: tuple[Step, ...]
     parts: tuple[int, ...]
-    done: Mapping[str, frozenset[int]]
+    inputs: Mapping[int, Footer]
+    done: Mapping[str, Mapping[int, Footer]]
+
+    @property
+    def rows(self) -> int:
+        """Rows that go into the first step."""
+        return sum(self.inputs[part]["rows"] for part in self.parts)
 
     def missing(self, step: Step) -> tuple[int, ...]:
         """The parts that a step has to do, in order."""
         return tuple(part for part in self.parts if part not in self.done[step.name])
 
-    def todo(self) -> tuple[int, ...]:
-        """The parts for which any step has something to do; of an adopted result, those that it has."""
+    def without(self) -> tuple[int, ...]:
+        """The parts that an adopted result does not have, so that nothing can be done for them."""
         adopted = [self.done[step.name] for step in self.steps if step.adopted]
-        return tuple(
-            part
-            for part in self.parts
-            if all(part in there for there in adopted) and any(part not in self.done[s.name] for s in self.steps)
-        )
+        return tuple(part for part in self.parts if not all(part in there for there in adopted))
+
+    def todo(self) -> tuple[int, ...]:
+        """The parts for which any step has something to do."""
+        blocked = set(self.without())
+        missing = {part for step in self.steps for part in self.missing(step)}
+        return tuple(part for part in self.parts if part in missing and part not in blocked)
 
     def job(self) -> Job:
         """What the workers need to know."""
@@ -52,27 +67,40 @@ class Plan:
         )
 
 
-def make_plan(recipe: Recipe, until: str | None = None) -> Plan:
-    """Look at the store (and write nothing): chain, parts, and what is done. `until` ends the chain after that step.
+def make_plan(recipe: Recipe, until: str | None = None, write: bool = False) -> Plan:
+    """Look at the store: chain, parts, and what is done. `until` ends the chain after that step.
 
-    Raises StoreError and RecipeError.
+    `write` says that the store is about to be written; nothing is written here. Raises StoreError and RecipeError.
     """
     store = Store(recipe.store, recipe.storage_options)
-    store.check()
+    store.check(write)
     dataset = read_dataset(store)
     steps = chain(recipe, store)
     if until is not None:
         steps = steps[: [step.name for step in steps].index(until) + 1]
-    count = len(input_tables(dataset)) if dataset else 0
-    chosen = only_parts(recipe)
-    parts = tuple(part for part in range(count) if chosen is None or part in chosen)
-    done = {step.name: _done(store, step) for step in steps}
-    return Plan(recipe, store, dataset, steps, parts, done)
+    tables = input_tables(dataset) if dataset else []
+    parts = only_parts(recipe, len(tables))
+    if parts is not None and tables and not parts:
+        raise RecipeError(f"dataset.only_parts: {recipe.dataset.only_parts!r} names none of the {len(tables)} parts")
+    with ThreadPoolExecutor(_READERS) as pool:
+        inputs = dict(enumerate(pool.map(_footer(store), tables)))
+        done, parent = {}, inputs
+        for step in steps:
+            names = {step.table(part): part for part in parent}
+            there = {f"{step.folder}/{name}" for name in store.names(step.folder, "part-")}
+            found = [name for name in names if name in there]
+            footers = dict(zip(map(names.__getitem__, found), pool.map(_footer(store), found), strict=True))
+            parent = {p: f for p, f in footers.items() if f and f["parent"] == parent[p]["content"]}
+            done[step.name] = parent
+    chosen = tuple(range(len(tables)) if parts is None else parts)
+    return Plan(recipe, store, dataset, steps, chosen, inputs, done)
 
 
-def _done(store: Store, step: Step) -> frozenset[int]:
-    names = store.names(step.folder, "part-")
-    return frozenset(int(name[5:-8]) for name in names if name.endswith(".parquet"))
+def _footer(store: Store) -> Callable[[str], Footer]:
+    def read(name: str) -> Footer:
+        return store.footer(name) or {}
+
+    return read
 
 
 def chain(recipe: Recipe, store: Store) -> tuple[Step, ...]:
@@ -90,6 +118,11 @@ def chain(recipe: Recipe, store: Store) -> tuple[Step, ...]:
             if adopted is None:
                 break
             step = steps[i]
+            if recipe.use.get(step.name, adopted) != adopted:
+                raise RecipeError(
+                    f"steps.{step.name}.use: {field.name}/{recipe.use[field.name]} was made from "
+                    f"{step.name}/{adopted}; leave out steps.{step.name}.use"
+                )
             inputs = store.read_json(f"{step.name}/{adopted}/step.json")
             if inputs is None:
                 there = ", ".join(store.names(step.name)) or "none"

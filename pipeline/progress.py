@@ -11,7 +11,9 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from ..transforms.captions import visible
 from .engines import Event
+from .plan import Plan
 
 _LINE_EVERY_S = 15.0
 
@@ -57,6 +59,16 @@ class Tally:
         self.partial: Counter[tuple[str, int]] = Counter()  # rows done of parts that are not published
         self.opened: Counter[str] = Counter()  # models, by step
         self._opening: dict[tuple[str, int], float] = {}
+
+    @staticmethod
+    def of(plan: Plan) -> "Tally":
+        """Count the parts that are done."""
+        tally = Tally([step.name for step in plan.steps], plan.rows)
+        for step, footers in plan.done.items():
+            for part in plan.parts:
+                if part in footers:
+                    tally.counts[step].add(footers[part])
+        return tally
 
     def take(self, event: Event) -> None:
         """Count an event."""
@@ -141,6 +153,7 @@ class Display:
 
     def say(self, line: str) -> None:
         """Print a line above the bars."""
+        line = visible(line)
         if self._bars:
             self._bars.console.print(line, markup=False, highlight=False)
         else:

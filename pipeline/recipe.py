@@ -89,8 +89,8 @@ def load(path: str, overrides: Sequence[str] = ()) -> Recipe:
     for name, options in (steps or {}).items() if isinstance(steps, dict) else ():
         if isinstance(options, dict) and "use" in options:
             use[name] = str(options.pop("use"))
-    if isinstance(source := (document.get("dataset") or {}).get("source"), str):
-        document["dataset"]["source"] = [source]
+    if isinstance(dataset := document.get("dataset"), dict) and isinstance(dataset.get("source"), str):
+        dataset["source"] = [dataset["source"]]
     if "use" in document:
         raise RecipeError(f"{path}: use: unknown key; it belongs into a step, as in steps.caption.use")
     recipe = _build(Recipe, document, path, "")
@@ -106,27 +106,33 @@ def _check(recipe: Recipe, path: str) -> None:
     for where, count in counts.items():
         if count is not None and count < 1:
             raise RecipeError(f"{path}: {where}: {count} is not a positive number")
+    for name, share in dataclasses.asdict(recipe.limits).items():
+        if not 0 <= share <= 1:
+            raise RecipeError(f"{path}: limits.{name}: {share} is not a share between 0 and 1")
     for where, text in {"dataset.name": recipe.dataset.name, "store": recipe.store}.items():
         if not text:
             raise RecipeError(f"{path}: {where}: is empty")
     if not recipe.dataset.source:
         raise RecipeError(f"{path}: dataset.source: names no file")
-    only_parts(recipe, path)
+    only_parts(recipe, 0, path)
 
 
-def only_parts(recipe: Recipe, path: str = "recipe") -> frozenset[int] | None:
-    """The part numbers that `dataset.only_parts` admits, or None for all. Raises RecipeError."""
+def only_parts(recipe: Recipe, count: int, path: str = "recipe") -> list[int] | None:
+    """Those of `count` parts that `dataset.only_parts` admits, in order, or None for all. Raises RecipeError."""
     text = recipe.dataset.only_parts
     if text is None:
         return None
     chosen: set[int] = set()
     try:
         for piece in text.split(","):
-            first, _, last = piece.partition("-")
-            chosen |= set(range(int(first), int(last or first) + 1))
+            first, dash, last = piece.partition("-")
+            start, end = int(first), int(last if dash else first)
+            if end < start:
+                raise ValueError
+            chosen |= set(range(start, min(end + 1, count)))
     except ValueError:
         raise RecipeError(f"{path}: dataset.only_parts: {text!r} is not like 0-3 or 0,4,7") from None
-    return frozenset(chosen)
+    return sorted(chosen)
 
 
 class _Loader(yaml.SafeLoader):
@@ -150,7 +156,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise RecipeError(f"{path}: is not UTF-8 text") from None
-    except (yaml.YAMLError, TypeError, RecursionError) as error:
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
         raise RecipeError(f"{path}: {' '.join(str(getattr(error, 'problem', None) or error).split())}") from None
     if not isinstance(document, dict):
         raise RecipeError(f"{path}: is not a mapping of keys to values")
@@ -183,7 +189,7 @@ def _override(document: dict[str, Any], text: str) -> None:
             raise RecipeError(f"--set {text}: {part} is not a block")
     try:
         document[last] = yaml.load(value, _Loader)  # noqa: S506  (a safe loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise RecipeError(f"--set {text}: the value is not valid YAML") from None
 
 

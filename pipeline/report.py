@@ -1,35 +1,21 @@
 """`vesl report`, `vesl plan` and `vesl status` as tables: the funnel with its reasons, and what came out of it."""
 
+import time
 from collections.abc import Iterable
 from typing import Any
 
-import duckdb
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ..transforms.filters import VERDICTS
 from ..transforms.outcomes import reason_of
-from .ingest import input_tables
+from .ingest import connect, scan
 from .plan import Plan
 from .progress import Count, Tally
 from .run import last_runs
 
-
-def funnel(plan: Plan) -> Tally:
-    """Count the published parts of each step from their footers."""
-    rows = sum((plan.store.footer(name) or {"rows": 0})["rows"] for name in _inputs(plan))
-    tally = Tally([step.name for step in plan.steps], rows)
-    for step in plan.steps:
-        for part in plan.parts:
-            if part in plan.done[step.name] and (footer := plan.store.footer(step.table(part))):
-                tally.counts[step.name].add(footer)
-    return tally
-
-
-def _inputs(plan: Plan) -> list[str]:
-    tables = input_tables(plan.dataset) if plan.dataset else []
-    return [tables[part] for part in plan.parts]
+_SILENT_S = 120.0  # after which a run that says "running" is not believed
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -63,8 +49,7 @@ def _measured(plan: Plan) -> dict[str, Any]:
 
 def _left(plan: Plan, seen: dict[str, Any]) -> str:
     """The work that is missing, in worker-seconds at the speeds of the runs so far."""
-    rows = sum((plan.store.footer(name) or {"rows": 0})["rows"] for name in _inputs(plan))
-    share = rows / len(plan.parts) if plan.parts else 0.0
+    share = plan.rows / len(plan.parts) if plan.parts else 0.0
     seconds, unknown = 0.0, []
     for step in plan.steps:
         missing, record = len(plan.missing(step)), seen.get(step.name, {})
@@ -89,6 +74,10 @@ def print_status(plan: Plan, console: Console) -> None:
         return
     record = records[0]
     line = f"last run: {record['state']} on {record['host']} (process {record['pid']})"
+    silence = time.time() - record["updated"]
+    if record["state"] == "running" and silence > _SILENT_S:
+        console.print(f"{line}, no sign of life for {silence:.0f} s: it was killed, or hangs", highlight=False)
+        return
     left = [
         f"{step} {p['rows']}/{p['expected']}"
         for step, p in record["progress"].items()
@@ -107,7 +96,7 @@ def print_status(plan: Plan, console: Console) -> None:
 
 def print_funnel(plan: Plan, console: Console, reasons: bool = True) -> None:
     """Rows in, kept and dropped per step, with every reason that occurred."""
-    tally = funnel(plan)
+    tally = Tally.of(plan)
     table = Table("step", "parts", "rows", "kept", "rejected", "failed", box=None)
     if reasons:
         table.add_column("reason")
@@ -149,18 +138,12 @@ def _rows(table: Table, row: list[str], reasons: Iterable[tuple[str, int, str]])
 def print_statistics(plan: Plan, console: Console) -> None:
     """What `select` made of the detections: verdicts, regions per image, the most frequent phrases."""
     steps = {step.name: step for step in plan.steps}
-    parts = sorted(plan.done.get("select", frozenset()) & set(plan.parts))
-    if not parts or not plan.done["select"]:
+    parts = sorted(plan.done["select"].keys() & set(plan.parts))
+    if not parts:
         return
-    with duckdb.connect() as db:
-        if not plan.store.local:
-            db.register_filesystem(plan.store.fs)
+    with connect(plan.store) as db:
         for name in ("select", "ground", "phrases", "caption"):
-            paths = [plan.store.path(steps[name].table(part)) for part in parts]
-            if not plan.store.local:
-                paths = [plan.store.fs.unstrip_protocol(path) for path in paths]
-            listed = ", ".join("'" + path.replace("'", "''") + "'" for path in paths)
-            db.execute(f'CREATE VIEW "{name}" AS SELECT * FROM read_parquet([{listed}])')
+            db.execute(f'CREATE VIEW "{name}" AS {scan(plan.store, [steps[name].table(part) for part in parts])}')
         db.execute(_REGIONS)
         verdicts = db.execute("SELECT verdict, count(*) FROM pairs GROUP BY 1 ORDER BY 2 DESC, 1").fetchall()
         [(images, regions)] = db.execute(_PER_IMAGE).fetchall()

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import platform
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +15,7 @@ from .ingest import ingest
 from .plan import Plan, make_plan, provenance
 from .progress import Display, Tally
 from .recipe import Recipe
+from .stage import identity, part_name
 from .store import Store, to_json
 
 _RECORD_EVERY_S = 5.0
@@ -30,18 +32,22 @@ def run(recipe: Recipe, until: str | None = None) -> tuple[Plan, bool]:
     Raises RecipeError, IngestError, StoreError, ModelError (one line each) and OverLimitError.
     """
     plan = _ingest(recipe, until)
-    todo = plan.todo()
-    complete = True
-    if todo:
-        complete = _work(plan, todo)
+    if without := plan.without():
+        print(
+            f"the adopted result has not {len(without)} of {len(plan.parts)} parts; they are left out", file=sys.stderr
+        )
+    if todo := plan.todo():
+        _work(plan, todo)
         plan = make_plan(recipe, until)
     if plan.steps[-1].name == "pack":
         write_index(plan)
-    return plan, complete
+    for count in (tally := Tally.of(plan)).counts:
+        check_limit(recipe, tally, count, at_end=True)
+    return plan, not plan.todo()
 
 
 def _ingest(recipe: Recipe, until: str | None) -> Plan:
-    make_plan(recipe, until)  # so that a recipe error shows before a long read
+    make_plan(recipe, until, write=True)  # so that a recipe error shows before a long read
     store = Store(recipe.store, recipe.storage_options)
     read, last = 0, time.monotonic()
     console = Console(stderr=True)
@@ -65,32 +71,36 @@ def _ingest(recipe: Recipe, until: str | None) -> Plan:
     return make_plan(recipe, until)
 
 
-def _work(plan: Plan, todo: tuple[int, ...]) -> bool:
+def _work(plan: Plan, todo: tuple[int, ...]) -> None:
     store, job = plan.store, plan.job()
     for step in plan.steps:
         if not step.adopted:
             store.create(f"{step.folder}/step.json", to_json(step.inputs))
-    rows = sum((store.footer(job.inputs[part]) or {"rows": 0})["rows"] for part in todo)
-    tally = Tally([step.name for step in plan.steps], rows)
-    lost = 0
+    _sweep(plan)
+    tally = Tally([step.name for step in plan.steps], sum(plan.inputs[part]["rows"] for part in todo))
     with Display(tally) as display, Record(plan, tally) as record:
 
         def listen(event: Event) -> None:
-            nonlocal lost
             tally.take(event)
             record.take(event)
             display.update()
             if event.kind in ("retry", "lost"):
-                lost += event.kind == "lost"
                 will = "trying again" if event.kind == "retry" else "given up; run again to try once more"
                 display.say(f"{event.step} part {event.part}: {event.text}; {will}")
             if event.kind == "done":
                 check_limit(plan.recipe, tally, event.step, at_end=False)
 
         local.run(job, todo, plan.recipe.engine, listen)
-    for step in plan.steps:
-        check_limit(plan.recipe, tally, step.name, at_end=True)
-    return lost == 0
+
+
+def _sweep(plan: Plan) -> None:
+    """Remove what killed runs left beside finished files; what is unfinished is swept when its part is done."""
+    finished = {step.folder: {part_name(part) for part in plan.done[step.name]} | {"index"} for step in plan.steps}
+    for folder, stems in {"": {"dataset"}, **finished}.items():
+        for name in plan.store.names(folder):
+            stem = name.removesuffix(".wip")
+            if stem != name and stem in stems:
+                plan.store.sweep(f"{folder}/{stem}" if folder else stem)
 
 
 def check_limit(recipe: Recipe, tally: Tally, step: str, at_end: bool) -> None:
@@ -111,10 +121,10 @@ def write_index(plan: Plan) -> None:
     """Write `index.json` of the pack step from its parts' footers, if it says something new."""
     pack = plan.steps[-1]
     shards: list[dict[str, Any]] = []
-    for part in sorted(plan.done["pack"]):
-        shards += (plan.store.footer(pack.table(part)) or {"shards": []})["shards"]
+    for _, footer in sorted(plan.done["pack"].items()):
+        shards += footer["shards"]
     document = {
-        "complete": bool(plan.dataset) and all(i in plan.done["pack"] for i in range(len(plan.job().inputs))),
+        "complete": bool(plan.inputs) and plan.inputs.keys() == plan.done["pack"].keys(),
         "samples": sum(shard["samples"] for shard in shards),
         "regions": sum(shard["regions"] for shard in shards),
         "shards": shards,
@@ -122,17 +132,17 @@ def write_index(plan: Plan) -> None:
         "chain": provenance(plan),
     }
     name = f"{pack.folder}/index.json"
-    if shards and not (plan.store.exists(name) and plan.store.read(name) == to_json(document)):
+    if plan.done["pack"] and not (plan.store.exists(name) and plan.store.read(name) == to_json(document)):
         plan.store.write_json(name, document)
 
 
 def described(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as a document, without what cannot change a result and `storage_options`, which may hold credentials."""
-    document = dataclasses.asdict(recipe)
-    for name in ("storage_options", "engine"):
-        document.pop(name)
-    document["dataset"]["source"] = list(recipe.dataset.source)
-    return document
+    """What of a recipe can change a result; so neither credentials nor how and where it runs."""
+    return {
+        "dataset": {**dataclasses.asdict(recipe.dataset), "source": list(recipe.dataset.source)},
+        "steps": {f.name: identity(getattr(recipe.steps, f.name)) for f in dataclasses.fields(recipe.steps)},
+        "use": dict(recipe.use),
+    }
 
 
 class Record:

@@ -1,14 +1,17 @@
 """`vesl show`: one sample's whole history as text, and its boxes drawn on the image."""
 
+import functools
 import io
 from collections.abc import Sequence
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.markup import escape
 
+from ..transforms.captions import visible
 from ..transforms.records import ADDS
 from .ingest import input_tables
 from .plan import Plan
@@ -31,42 +34,39 @@ _SIDE_PX = 480  # of a picture on the sheet
 def find(plan: Plan, keys: Sequence[str]) -> list[dict[str, Any]]:
     """The histories of the samples whose keys begin with one of `keys`; of a few with regions where there are none.
 
-    A history holds the columns of every step that the sample went through, and `steps`: name -> (outcome, reason,
-    detail, fingerprint).
+    A history holds the columns of every step that the sample went through, and `steps`: name -> (outcome, reason, detail,
+    fingerprint).
     """
     tables = input_tables(plan.dataset) if plan.dataset else []
     found: list[dict[str, Any]] = []
     for part in plan.parts:
         rows = plan.store.read_table(tables[part])
-        for key in keys:
-            mask = pc.starts_with(rows["key"], key)
-            found += [_history(plan, part, row) for row in rows.filter(mask).to_pylist()]
-        if not keys:
-            found += [
-                h for h in (_history(plan, part, row) for row in rows.slice(0, 200).to_pylist()) if kept_regions(h)
-            ]
-            if len(found) >= _FEW:
-                break
+        if keys:
+            wanted = [pc.starts_with(rows["key"], key) for key in keys]
+            rows = rows.filter(functools.reduce(pc.or_, wanted))
+        histories = _histories(plan, part, rows.to_pylist())
+        found += histories if keys else [history for history in histories if kept_regions(history)]
+        if not keys and len(found) >= _FEW:
+            break
     return found if keys else sorted(found, key=lambda h: -len(kept_regions(h)))[:_FEW]
 
 
 _FEW = 12
 
 
-def _history(plan: Plan, part: int, row: dict[str, Any]) -> dict[str, Any]:
-    history = {**row, "part": part, "steps": {}, "models": {}}
+def _histories(plan: Plan, part: int, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    going = {row["key"]: row | {"part": part, "steps": {}} for row in rows}
+    histories = list(going.values())
     for step in plan.steps:
-        if part not in plan.done[step.name]:
+        if part not in plan.done[step.name] or not going:
             break
         table = plan.store.read_table(step.table(part))
-        mine = table.filter(pc.equal(table["key"], row["key"])).to_pylist()
-        if not mine:
-            break
-        history["steps"][step.name] = (mine[0]["outcome"], mine[0]["reason"], mine[0]["detail"], step.fingerprint)
-        history |= {name: mine[0][name] for name in ADDS[step.name].names}
-        if mine[0]["outcome"] != "kept":
-            break
-    return history
+        for mine in table.filter(pc.is_in(table["key"], pa.array(going))).to_pylist():
+            history = going[mine["key"]]
+            history["steps"][step.name] = (mine["outcome"], mine["reason"], mine["detail"], step.fingerprint)
+            history.update({name: mine[name] for name in ADDS[step.name].names})
+        going = {key: h for key, h in going.items() if h["steps"].get(step.name, [""])[0] == "kept"}
+    return histories
 
 
 def kept_regions(history: dict[str, Any]) -> list[tuple[list[float], str, float]]:
@@ -80,7 +80,7 @@ def print_history(history: dict[str, Any], console: Console) -> None:
     """From the URL to the regions: each step's outcome and what it found."""
 
     def line(label: str, text: Any) -> None:
-        console.print(f"  [dim]{label:10}[/] {escape(str(text))}", highlight=False, soft_wrap=True)
+        console.print(f"  [dim]{label:10}[/] {escape(visible(text))}", highlight=False, soft_wrap=True)
 
     console.print(f"[bold]{history['key']}[/] part {history['part']}", highlight=False)
     line("url", history["url"])
@@ -88,7 +88,9 @@ def print_history(history: dict[str, Any], console: Console) -> None:
     line("alt text", history["alt_text"] or "")
     for step, (outcome, reason, detail, fingerprint) in history["steps"].items():
         why = f" {reason}" + (f": {detail}" if detail else "") if reason else ""
-        console.print(f"  [bold]{step}[/] {fingerprint} {outcome}{escape(why)}", highlight=False, soft_wrap=True)
+        console.print(
+            f"  [bold]{step}[/] {fingerprint} {outcome}{escape(visible(why))}", highlight=False, soft_wrap=True
+        )
         if outcome == "kept":
             for label, text in _found(step, history):
                 line(label, text)

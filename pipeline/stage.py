@@ -8,7 +8,7 @@ change that result.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -76,6 +76,14 @@ class WithFiles(Protocol):
 
     def sink(self, store: Store, folder: str, part: int, fingerprint: str) -> Sink:
         """Open the files of one part."""
+        ...
+
+    def cited(self, footer: Mapping[str, Any]) -> set[str]:
+        """The names of the files that belong to a part's table."""
+        ...
+
+    def prefix(self, part: int) -> str:
+        """How the names of a part's files begin."""
         ...
 
 

@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 import pyarrow as pa
@@ -53,15 +53,24 @@ class Store:
         """The full path of a file, as the file system names it."""
         return f"{self.root}/{name}"
 
-    def check(self) -> None:
-        """Raise StoreError unless the store can be listed (and, where local, written)."""
+    def check(self, write: bool) -> None:
+        """Raise StoreError unless the store can be used; a local folder is made if it is to be written."""
         try:
             if self.local:
-                os.makedirs(self.root, exist_ok=True)
-                if not os.access(self.root, os.W_OK | os.X_OK):
+                if write:
+                    os.makedirs(self.root, exist_ok=True)
+                if os.path.exists(self.root) and not os.path.isdir(self.root):
+                    raise NotADirectoryError("is a file")
+                if write and not os.access(self.root, os.W_OK | os.X_OK):
                     raise PermissionError("no permission to write")
-            elif not self.fs.exists(bucket := self.root.lstrip("/").partition("/")[0]):
-                raise FileNotFoundError(f"there is no bucket {bucket}")
+                return
+            bucket = self.root.lstrip("/").partition("/")[0]
+            if not bucket:
+                raise ValueError("names no bucket")
+            try:
+                self.fs.ls(bucket, detail=False)
+            except FileNotFoundError:
+                raise FileNotFoundError(f"there is no bucket {bucket}, or none that may be listed") from None
         except Exception as error:  # noqa: BLE001  (every driver has errors of its own)
             raise StoreError(f"store {self.url}: {type(error).__name__}: {error}") from None
 
@@ -97,13 +106,15 @@ class Store:
 
     def names(self, folder: str, prefix: str = "") -> list[str]:
         """The names in a folder that begin with `prefix`, sorted; empty where there is no such folder."""
+        path = self.path(folder) if folder else self.root
         try:
             if self.local:
-                return sorted(name for name in os.listdir(self.path(folder)) if name.startswith(prefix))
-            paths = self.fs.glob(f"{self.path(folder)}/{prefix}*")
+                return sorted(name for name in os.listdir(path) if name.startswith(prefix))
+            found = self.fs.find(path, prefix=prefix) if prefix else self.fs.ls(path, detail=False)
         except FileNotFoundError:
             return []
-        return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
+        inside = (name.removeprefix(path).strip("/").split("/", 1)[0] for name in found)
+        return sorted({name for name in inside if name.startswith(prefix) and name})
 
     def create(self, name: str, data: bytes) -> bool:
         """Create a file atomically, only if it is absent; False where it was there before (and stays as it was).
@@ -129,36 +140,43 @@ class Store:
         else:
             self.fs.pipe_file(self.path(name), data)
 
-    def _write_local(self, name: str, data: bytes, move: Callable[[Path, str], None]) -> None:
+    def _write_local(self, name: str, data: bytes, move: Callable[[str, str], None]) -> None:
         for attempt in range(5):
             try:
-                with self.spool(name) as path:
-                    with open(path, "xb") as file:
-                        file.write(data)
-                        file.flush()
-                        os.fsync(file.fileno())
-                    return move(path, self.path(name))
+                with self.spool(name) as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                    return move(file.name, self.path(name))
             except FileNotFoundError:  # another process finished this very file and swept our scratch file away
                 if attempt == 4:
                     raise
 
     @contextmanager
-    def spool(self, name: str) -> Iterator[Path]:
-        """Give the path of a scratch file on this machine for a file that will be `name`; removed at the end."""
-        folder = Path(self.path(wip(name))) if self.local else Path(tempfile.gettempdir())
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"vesl-{uuid.uuid4().hex}.tmp"
+    def spool(self, name: str) -> Iterator[BinaryIO]:
+        """Give a scratch file on this machine for a file that will be `name`; it is gone at the end, or with us."""
+        if not self.local:  # it has no name, so that not even a kill leaves it behind
+            with tempfile.TemporaryFile() as file:
+                yield file
+            return
+        path = Path(self.path(wip(name))) / f"{uuid.uuid4().hex}.tmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            yield path
+            with path.open("x+b") as file:
+                yield file
         finally:
             path.unlink(missing_ok=True)
 
-    def publish(self, spooled: Path, name: str) -> None:
+    def publish(self, spooled: BinaryIO, name: str) -> None:
         """Move a spooled file to its name, over an older one (whose content is the same, or is no longer cited)."""
+        spooled.flush()
         if self.local:
-            os.replace(spooled, self.path(name))
+            os.fsync(spooled.fileno())
+            os.replace(spooled.name, self.path(name))
         else:
-            self.fs.put_file(str(spooled), self.path(name))
+            spooled.seek(0)
+            with self.fs.open(self.path(name), "wb") as file:
+                shutil.copyfileobj(spooled, file, 1 << 24)
 
     def sweep(self, name: str) -> None:
         """Remove what unfinished attempts at `name` left."""

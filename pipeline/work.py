@@ -15,11 +15,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..models.contract import ModelError
 from ..transforms.outcomes import Drop
 from ..transforms.records import ADDS, INPUT, step_schema
 from .guard import guarded
 from .stage import Function, Sink, Stage, Step, WithFiles, answer, part_name
-from .steps.download import orphans
 from .store import Store, encode_table, wip
 
 _AHEAD = 2  # batches read while the model is busy
@@ -108,7 +108,7 @@ class Attempt:
     culprits: frozenset[str] = frozenset()  # keys that killed a worker when they were tried alone
     alone: bool = False
     on_rows: Callable[[int], None] = lambda rows: None
-    on_key: Callable[[str], None] = lambda key: None
+    on_key: Callable[[str | None], None] = lambda key: None
 
 
 def run_part(
@@ -121,7 +121,7 @@ def run_part(
     """
     store, step = job.open_store(), job.steps[index]
     if footer := finished(store, job, index, part):
-        store.sweep(step.table(part))
+        _tidy(store, step, part, footer)
         return footer, False
     if step.adopted:
         raise StaleError(f"the adopted result {step.folder} has no {part_name(part)} for these inputs")
@@ -132,19 +132,30 @@ def run_part(
     try:
         saver.resume()
         attempt.on_rows(saver.done)
-        function = opener(stage) if saver.done < len(given.rows) else None
+        function = _open(opener, stage) if saver.done < len(given.rows) else None
         size = 1 if attempt.alone else job.batch[step.name]
         for batch in _ahead(store, given, stage, saver.done, size):
             assert function is not None
             result = _attempt(function, batch, stage, attempt)
             saver.add(sink.add(result) if sink else result)
             attempt.on_rows(len(batch))
+        attempt.on_key(None)  # a death from here on is no row's fault
         footer = _footer(step, part, given, saver.table(), sink.close() if sink else {})
     except BaseException:
         if sink:
             sink.abort()
         raise
     return _publish(store, step, part, given.parent, saver.table(), footer), True
+
+
+def _open(opener: Callable[[Stage], Function], stage: Stage) -> Function:
+    try:
+        return opener(stage)
+    except ModelError:
+        raise
+    except Exception as error:  # whatever a model's own code raises, no part is to blame for it
+        text = " ".join(str(error).split())
+        raise ModelError(f"{stage.name}: the model cannot be opened: {type(error).__name__}: {text}") from error
 
 
 def _attempt(function: Function, batch: pa.Table, stage: Stage, attempt: Attempt) -> pa.Table:
@@ -201,11 +212,17 @@ def _publish(
         if there["parent"] != parent:  # left from a parent that is gone: the one case where a table is replaced
             store.replace(name, data)
     published = _require(store, name)
-    if isinstance(step.stage, WithFiles) and "tar" in published:
-        names = store.names(step.folder, f"{part_name(part)}.")
-        for orphan in orphans(names, published["tar"]["name"]):
-            store.remove(f"{step.folder}/{orphan}")
+    _tidy(store, step, part, published)
     return published
+
+
+def _tidy(store: Store, step: Step, part: int, footer: dict[str, Any]) -> None:
+    """Remove what attempts at a finished part left that lost or were killed: their wip, and tars that nothing cites."""
+    store.sweep(step.table(part))
+    if isinstance(step.stage, WithFiles):
+        mine = {name for name in store.names(step.folder, step.stage.prefix(part)) if name.endswith(".tar")}
+        for orphan in sorted(mine - step.stage.cited(footer)):
+            store.remove(f"{step.folder}/{orphan}")
 
 
 class Saver:

@@ -22,3 +22,8 @@ def clean(text: str) -> str:
         text = "".join(" " if unicodedata.category(c) in _GAPS else c for c in text)
         text = unicodedata.normalize("NFC", text)
     return " ".join(text.split())[:MAX_CHARS].rstrip()
+
+
+def visible(text: object) -> str:
+    """Text from strangers for a terminal: nothing in it moves the cursor, rings, hides or turns the rest around."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in str(text))

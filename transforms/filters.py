@@ -57,7 +57,7 @@ class SelectRule:
     best_phrase_per_box: bool = True
     nms_iou: float | None = None
     phrase_nms_iou: float | None = None
-    min_side_px: float = 0
+    min_side_px: float = 0.0
     min_area: float = 0.0
     max_area: float = 1.0
     max_regions: int = 100

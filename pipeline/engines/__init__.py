@@ -9,6 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
+class EngineError(Exception):
+    """An engine cannot be used: one line that says what to do."""
+
+
 @dataclass(frozen=True)
 class Resources:
     """What one step gets on the engine: parts at a time (default: all workers), and rows per batch."""

@@ -12,7 +12,9 @@ import tempfile
 import threading
 import time
 import traceback
+from collections import Counter, deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import IO, Any
@@ -62,17 +64,18 @@ def run(job: Job, parts: Sequence[int], engine: Engine, listen: Listener) -> Non
     threads = str(max(1, cores // count))
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):  # else each worker takes every core
         os.environ.setdefault(name, threads)
-    ready = [_Task(0, part) for part in parts]
+    ready: list[deque[_Task]] = [deque() for _ in job.steps]  # by step
+    ready[0].extend(_Task(0, part) for part in parts)
     pool = [_start(job) for _ in range(count)]
     try:
-        while ready or any(worker.task for worker in pool):
+        while any(ready) or any(worker.task for worker in pool):
             _assign(job, ready, pool, engine)
-            handles = [h for w in pool for h in (w.pipe, w.process.sentinel)]
-            signalled = wait(handles)
+            wait([handle for worker in pool for handle in (worker.pipe, worker.process.sentinel)])
             for i, worker in enumerate(pool):
-                if worker.pipe in signalled and _hear(job, worker, ready, listen):
-                    continue
-                if not worker.process.is_alive():
+                dead = not worker.process.is_alive()  # asked first: what a dead worker said is all in the pipe
+                while worker.pipe.poll() and _hear(job, worker, ready, listen):
+                    pass
+                if dead:
                     _bury(job, worker, ready, listen)
                     pool[i] = _start(job)
     finally:
@@ -92,26 +95,23 @@ def _start(job: Job) -> _Worker:
     return _Worker(process, ours, output)
 
 
-def _assign(job: Job, ready: list[_Task], pool: list[_Worker], engine: Engine) -> None:
+def _assign(job: Job, ready: list[deque[_Task]], pool: list[_Worker], engine: Engine) -> None:
     """Give idle workers the parts that are furthest on, each to one that has the step's model open if possible."""
-    ready.sort(key=lambda task: (-task.index, task.part))
-    for task in list(ready):
-        name = job.steps[task.index].name
-        busy = sum(1 for w in pool if w.task and job.steps[w.task.index].name == name)
-        idle = [w for w in pool if w.task is None]
-        limit = engine.of(name).workers
-        if not idle or (limit is not None and busy >= limit):
-            continue
-        worker = max(idle, key=lambda w: name in w.opened)
-        ready.remove(task)
-        worker.task, worker.key = task, None
-        try:
-            worker.pipe.send(task)
-        except OSError:  # it died while idle; its sentinel tells
-            continue
+    idle = [worker for worker in pool if worker.task is None]
+    busy = Counter(worker.task.index for worker in pool if worker.task)
+    for index in range(len(ready) - 1, -1, -1):
+        name = job.steps[index].name
+        limit = engine.of(name).workers or len(pool)
+        while idle and ready[index] and busy[index] < limit:
+            worker = max(idle, key=lambda w: name in w.opened)
+            idle.remove(worker)
+            worker.task, worker.key = ready[index].popleft(), None
+            busy[index] += 1
+            with suppress(OSError):  # it died while idle; its sentinel tells
+                worker.pipe.send(worker.task)
 
 
-def _hear(job: Job, worker: _Worker, ready: list[_Task], listen: Listener) -> bool:
+def _hear(job: Job, worker: _Worker, ready: list[deque[_Task]], listen: Listener) -> bool:
     """Take one message; False where the pipe is broken."""
     try:
         kind, value = worker.pipe.recv()
@@ -130,7 +130,7 @@ def _hear(job: Job, worker: _Worker, ready: list[_Task], listen: Listener) -> bo
     elif kind == "done":
         worker.task = None
         if task.index + 1 < len(job.steps):
-            ready.append(_Task(task.index + 1, task.part))
+            ready[task.index + 1].append(_Task(task.index + 1, task.part))
         seconds, (footer, fresh) = value
         listen(Event("done", step, task.part, seconds=seconds, footer=footer, fresh=fresh))
     elif kind == "model":
@@ -139,12 +139,12 @@ def _hear(job: Job, worker: _Worker, ready: list[_Task], listen: Listener) -> bo
         worker.task = None
         task.faults += 1
         if task.faults < _FAULTS:
-            ready.append(task)
+            ready[task.index].append(task)
         listen(Event("retry" if task.faults < _FAULTS else "lost", step, task.part, text=value))
     return True
 
 
-def _bury(job: Job, worker: _Worker, ready: list[_Task], listen: Listener) -> None:
+def _bury(job: Job, worker: _Worker, ready: list[deque[_Task]], listen: Listener) -> None:
     """Decide what becomes of a dead worker's part."""
     worker.process.join()
     task = worker.task
@@ -157,7 +157,7 @@ def _bury(job: Job, worker: _Worker, ready: list[_Task], listen: Listener) -> No
         return
     task.culprits |= {worker.key} if worker.key else set()
     task.deaths += 1
-    ready.append(task)
+    ready[task.index].append(task)
     listen(Event("retry", step, task.part, text=end))
 
 

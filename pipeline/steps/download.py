@@ -1,7 +1,7 @@
 """download: URL -> stored image. The images of a part lie in one tar beside its table, under their content's hash."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -45,6 +45,14 @@ class Download:
 
         return download
 
+    def cited(self, footer: Mapping[str, Any]) -> set[str]:
+        """The part's tar."""
+        return {footer["tar"]["name"]}
+
+    def prefix(self, part: int) -> str:
+        """How a part's tars begin."""
+        return f"{part_name(part)}."
+
     def sink(self, store: Store, folder: str, part: int, fingerprint: str) -> "ImageTar":
         """Open the part's tar."""
         return ImageTar(store, folder, part)
@@ -78,8 +86,7 @@ class ImageTar:
     def __init__(self, store: Store, folder: str, part: int) -> None:
         self._store, self._folder, self._part = store, folder, part
         self._stack = ExitStack()
-        self._path = self._stack.enter_context(store.spool(f"{folder}/{part_name(part)}.tar"))
-        self._file = self._stack.enter_context(self._path.open("x+b"))
+        self._file = self._stack.enter_context(store.spool(f"{folder}/{part_name(part)}.tar"))
 
     def add(self, batch: pa.Table) -> pa.Table:
         """Append the batch's images; the columns `offset` and `size` stand for them."""
@@ -104,10 +111,9 @@ class ImageTar:
         end_tar(self._file)
         size = self._file.tell()
         self._file.seek(0)
-        digest = hashlib.file_digest(self._file, "sha256").hexdigest()
+        digest = hashlib.file_digest(self._file, "sha256").hexdigest()  # type: ignore[arg-type]  # reads any file
         name = f"{part_name(self._part)}.{digest[:16]}.tar"
-        self._file.flush()
-        self._store.publish(self._path, f"{self._folder}/{name}")
+        self._store.publish(self._file, f"{self._folder}/{name}")
         self._stack.close()
         return {"tar": {"name": name, "sha256": digest, "bytes": size}}
 
@@ -118,8 +124,3 @@ class ImageTar:
 
 def _type(name: str) -> pa.DataType:
     return ADDS["download"].field(name).type
-
-
-def orphans(names: Sequence[str], cited: str) -> list[str]:
-    """Tars of a finished part that its table does not cite: left by attempts that lost or were killed."""
-    return [name for name in names if name.endswith(".tar") and name != cited]

@@ -28,6 +28,8 @@ class Ground:
 
     def __post_init__(self) -> None:
         check_reference("grounder", self.model)
+        if self.max_detections < 1:
+            raise ValueError(f"max_detections: {self.max_detections} is not a positive number")
 
     def open(self) -> Function:
         """Load the grounder."""

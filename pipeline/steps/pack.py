@@ -1,11 +1,10 @@
 """pack: everything known of the kept samples -> region-text WebDataset shards. A shard never crosses parts."""
 
 import hashlib
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from io import BufferedRandom
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import pyarrow as pa
 
@@ -48,6 +47,14 @@ class Pack:
 
         return pack
 
+    def cited(self, footer: Mapping[str, Any]) -> set[str]:
+        """The part's shards."""
+        return {shard["name"] for shard in footer["shards"]}
+
+    def prefix(self, part: int) -> str:
+        """How a part's shards begin."""
+        return f"shard-{part:05d}-"
+
     def sink(self, store: Store, folder: str, part: int, fingerprint: str) -> "Shards":
         """Open the part's shards."""
         return Shards(store, folder, part, self.max_shard_bytes)
@@ -60,8 +67,7 @@ class Shards:
         self._store, self._folder, self._part, self._max_bytes = store, folder, part, max_bytes
         self._done: list[dict[str, Any]] = []
         self._stack = ExitStack()
-        self._path: Path | None = None
-        self._file: BufferedRandom
+        self._file: BinaryIO | None = None
 
     @property
     def _name(self) -> str:
@@ -79,11 +85,10 @@ class Shards:
         return table
 
     def _write(self, key: str, image: bytes, document: bytes, regions: int) -> tuple[str, int]:
-        if self._path and self._file.tell() + len(image) + len(document) > self._max_bytes:
+        if self._file and self._file.tell() + len(image) + len(document) > self._max_bytes:
             self._finish()
-        if self._path is None:
-            self._path = self._stack.enter_context(self._store.spool(f"{self._folder}/{self._name}"))
-            self._file = self._stack.enter_context(self._path.open("x+b"))
+        if self._file is None:
+            self._file = self._stack.enter_context(self._store.spool(f"{self._folder}/{self._name}"))
             self._samples = self._regions = 0
         add_member(self._file, f"{key}.jpg", image)
         add_member(self._file, f"{key}.json", document)
@@ -92,25 +97,24 @@ class Shards:
         return self._name, self._samples - 1
 
     def _finish(self) -> None:
-        assert self._path is not None
+        assert self._file is not None
         end_tar(self._file)
         counts = {"samples": self._samples, "regions": self._regions, "bytes": self._file.tell()}
         self._file.seek(0)
-        digest = hashlib.file_digest(self._file, "sha256").hexdigest()
-        self._file.flush()
+        digest = hashlib.file_digest(self._file, "sha256").hexdigest()  # type: ignore[arg-type]  # reads any file
         target = f"{self._folder}/{self._name}"
-        self._store.publish(self._path, target)
+        self._store.publish(self._file, target)
         self._stack.close()
         self._store.sweep(target)
         self._done.append({"name": self._name, **counts, "sha256": digest})
-        self._path = None
+        self._file = None
 
     def blobs(self, rows: pa.Table) -> None:
         """Packing again is quicker than saving half of it."""
 
     def close(self) -> dict[str, Any]:
         """Publish the last shard."""
-        if self._path:
+        if self._file:
             self._finish()
         return {"shards": self._done}
 

@@ -12,7 +12,7 @@ from PIL import Image
 from tests import webserver as web
 from tests.world import World, jpeg
 from vesl.pipeline.plan import make_plan
-from vesl.pipeline.report import funnel
+from vesl.pipeline.progress import Tally
 from vesl.pipeline.show import find
 from vesl.transforms import urls
 
@@ -148,7 +148,7 @@ def test_every_row_is_accounted_for(hostile: World) -> None:
     assert record["rows"] == total
     assert (record["duplicate_url"], record["no_url"], record["malformed"]) == (1, 2, 0)
 
-    tally = funnel(plan)
+    tally = Tally.of(plan)
     rows = record["kept"]
     for step, count in tally.counts.items():
         assert count.rows == rows == count.kept + count.dropped, step

@@ -137,7 +137,7 @@ def counted(tmp_path: Path, name: str, content: bytes) -> tuple[dict[str, int], 
     """Ingest one file; return its counts and the captions by URL."""
     (tmp_path / name).write_bytes(content)
     store = Store(str(tmp_path / "store"))
-    dataset = take(store, str(tmp_path / name))
+    dataset = take(store, str(tmp_path / name), rows_per_part=100_000)
     (record,) = dataset["ingests"]
     assert record["rows"] == record["kept"] + record["duplicate_url"] + record["no_url"] + record["malformed"]
     counts = {k: record[k] for k in ("kept", "duplicate_url", "no_url", "malformed") if record[k]}

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,12 @@ def test_base_is_inherited_and_overridden(tmp_path: Path) -> None:
         (GOOD, ["steps.phrases.tagger=en_core_web_sm"], "steps.phrases.tagger: 'en_core_web_sm' is not pinned"),
         (GOOD, ["engine.kind=spark"], "engine.kind: 'spark' is not one of local"),
         (GOOD, ["dataset.only_parts=a-b"], "dataset.only_parts: 'a-b' is not like 0-3"),
+        (GOOD, ["dataset.only_parts=5-2"], "dataset.only_parts: '5-2' is not like 0-3"),
+        (GOOD, ["dataset.name=2024-13-45"], "the value is not valid YAML"),
+        ("dataset: foo\nstore: x\n", [], "dataset: expected a block of keys, found 'foo'"),
+        (GOOD, ["limits.failed_fraction=-1"], "limits.failed_fraction: -1.0 is not a share between 0 and 1"),
+        (GOOD, ["steps.ground.max_detections=-1"], "steps.ground.max_detections: -1 is not a positive number"),
+        (GOOD, ["steps.download.image.quality=99"], "steps.download.image.quality: 99 is more than 95"),
         (GOOD, ["dataset.source=[]"], "dataset.source: names no file"),
         (GOOD, ["steps.download.fetch.allow_networks=[localhost]"], "steps.download.fetch"),
         (GOOD, ["store"], "--set store: expected a.b=value"),
@@ -87,9 +94,10 @@ def test_a_recipe_that_is_no_text(tmp_path: Path) -> None:
 
 
 def test_only_parts(tmp_path: Path) -> None:
-    assert only_parts(read(tmp_path, GOOD)) is None
-    assert only_parts(read(tmp_path, GOOD, "dataset.only_parts=0-2,7")) == {0, 1, 2, 7}
-    assert only_parts(read(tmp_path, GOOD, "dataset.only_parts=3")) == {3}
+    assert only_parts(read(tmp_path, GOOD), 9) is None
+    assert only_parts(read(tmp_path, GOOD, "dataset.only_parts=7,0-2"), 9) == [0, 1, 2, 7]
+    assert only_parts(read(tmp_path, GOOD, "dataset.only_parts=3"), 9) == [3]
+    assert only_parts(read(tmp_path, GOOD, "dataset.only_parts=2-99999999999"), 4) == [2, 3]
 
 
 def fingerprints(recipe: Recipe) -> dict[str, str]:
@@ -122,3 +130,13 @@ def test_what_changes_a_fingerprint(tmp_path: Path, override: str, first_changed
     changed = [name for name in before if before[name] != after[name]]
     names = list(before)
     assert changed == ([] if first_changed is None else names[names.index(first_changed) :])
+
+
+def test_writing_a_default_out_changes_no_fingerprint(tmp_path: Path) -> None:
+    recipe = read(tmp_path, GOOD)
+    want = fingerprints(recipe)
+    for step in dataclasses.fields(recipe.steps):
+        for name, value in dataclasses.asdict(getattr(recipe.steps, step.name)).items():
+            # As a person writes it: 1 and not 1.0.
+            text = json.dumps(value).replace(".0,", ",").replace(".0}", "}")
+            assert fingerprints(read(tmp_path, GOOD, f"steps.{step.name}.{name}={text}")) == want, text

@@ -12,7 +12,7 @@ import webdataset
 
 from tests.world import World
 from vesl.pipeline.plan import make_plan
-from vesl.pipeline.report import funnel
+from vesl.pipeline.progress import Tally
 from vesl.transforms import shards
 from vesl.transforms.records import Sample
 
@@ -120,7 +120,7 @@ def test_only_some_parts(world: World) -> None:
     world.list_urls("a", world.images(15))
     assert world.run("run", "--set", "dataset.only_parts=0,2").returncode == 0
     plan = make_plan(world.load())
-    assert plan.done["pack"] == {0, 2}
+    assert plan.done["pack"].keys() == {0, 2}
     assert json.loads(next(Path(world.store).glob("pack/*/index.json")).read_text())["complete"] is False
     assert world.run("run").returncode == 0
     assert json.loads(next(Path(world.store).glob("pack/*/index.json")).read_text())["complete"] is True
@@ -201,7 +201,7 @@ def test_trouble_in_a_model_costs_the_sample_only(world: World) -> None:
     world.write()
     done = world.run("run")
     assert done.returncode == 0, done.stderr
-    count = funnel(make_plan(world.load())).counts["caption"]
+    count = Tally.of(make_plan(world.load())).counts["caption"]
     assert (count.rows, count.kept) == (15, 12)
     assert count.failed == {"error": 2}
     assert count.rejected == {"empty_caption": 1}
@@ -214,7 +214,7 @@ def test_a_row_that_kills_its_worker_fails_as_crashed(world: World) -> None:
     world.write()
     done = world.run("run")
     assert done.returncode == 0, done.stderr
-    tally = funnel(make_plan(world.load()))
+    tally = Tally.of(make_plan(world.load()))
     assert tally.counts["caption"].failed == {"crashed": 2}
     assert tally.counts["pack"].kept == 10
     assert "the worker died (exit code -9: some library: assertion failed)" in done.stderr
@@ -269,7 +269,7 @@ def test_report_counts_every_row(world: World) -> None:
     shown = world.run("report").stdout
     for text in ("no_url", "http_4xx", "bad_scheme", "a scheme other than http and https", "regions an image"):
         assert text in shown
-    tally = funnel(make_plan(world.load()))
+    tally = Tally.of(make_plan(world.load()))
     assert tally.counts["download"].rows == 6
     previous: int | None = None
     for count in tally.counts.values():

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vesl.transforms.captions import MAX_CHARS, clean
+from vesl.transforms.captions import MAX_CHARS, clean, visible
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,9 @@ def test_any_text_becomes_one_valid_line(text: str) -> None:
     assert "\n" not in once
     once.encode()
     assert not any(unicodedata.category(c) in ("Cc", "Cs") for c in once)
+
+
+def test_visible() -> None:
+    assert (
+        visible("a \x1b]0;owned\x07\x1b[2J b\u202e\n漢字 😀") == "a \ufffd]0;owned\ufffd\ufffd[2J b\ufffd\ufffd漢字 😀"
+    )
