@@ -34,8 +34,8 @@ _SIDE_PX = 480  # of a picture on the sheet
 def find(plan: Plan, keys: Sequence[str]) -> list[dict[str, Any]]:
     """The histories of the samples whose keys begin with one of `keys`; of a few with regions where there are none.
 
-    A history holds the columns of every step that the sample went through, and `steps`: name -> (outcome, reason, detail,
-    fingerprint).
+    A history holds the columns of every step that the sample went through, and `steps`: name -> (outcome, reason,
+    detail, fingerprint).
     """
     tables = input_tables(plan.dataset) if plan.dataset else []
     found: list[dict[str, Any]] = []

@@ -3,6 +3,7 @@
 import glob
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 
-from tests.world import World
+from tests.world import World, jpeg
+from vesl.pipeline.engines import Event, local
+from vesl.pipeline.ingest import ingest
 from vesl.pipeline.plan import make_plan
 from vesl.pipeline.progress import Tally
-from vesl.transforms import shards
+from vesl.pipeline.store import Store
+from vesl.transforms import shards, urls
 from vesl.transforms.records import Sample
 
 
@@ -276,3 +280,76 @@ def test_report_counts_every_row(world: World) -> None:
         assert count.rows == count.kept + count.dropped
         assert previous is None or count.rows == previous
         previous = count.kept
+
+
+def test_a_parent_that_was_made_again_undoes_its_children(world: World) -> None:
+    world.list_urls("a", world.images(5))
+    assert world.run("run").returncode == 0
+    world.server.add("/0.jpg", jpeg(99))  # the web has changed
+    (table,) = Path(world.store).glob("download/*/part-00000.parquet")
+    table.unlink()
+    assert world.run("run", "--until", "download").returncode == 0
+    plan = make_plan(world.load())
+    assert [len(plan.done[step.name]) for step in plan.steps] == [1, 0, 0, 0, 0, 0]
+    assert world.run("run").returncode == 0
+    assert make_plan(world.load()).todo() == ()
+    assert len(list(Path(world.store).glob("download/*/*.tar"))) == 1
+
+
+def test_too_many_failures_are_told_every_time(world: World) -> None:
+    world.list_urls("a", world.images(4, captions=dict.fromkeys(range(4), "please raise")))
+    world.document["steps"]["caption"]["model"] = "tests.standins:captioner@1"
+    world.write()
+    assert [world.run("run").returncode for _ in range(2)] == [3, 3]
+    index = json.loads(next(Path(world.store).glob("pack/*/index.json")).read_text())
+    assert (index["complete"], index["samples"], index["shards"]) == (True, 0, [])
+
+
+def test_litter_of_killed_runs_is_swept(world: World) -> None:
+    world.list_urls("a", world.images(5))
+    assert world.run("run").returncode == 0
+    plan = make_plan(world.load())
+    root = Path(world.store)
+    for name in ("dataset.wip/x.tmp", *(f"{step.folder}/part-00000.wip/x.tmp" for step in plan.steps)):
+        (root / name).parent.mkdir()
+        (root / name).write_bytes(b"half")
+    (root / plan.steps[-1].folder / "index.wip").mkdir()
+    orphan = root / plan.steps[0].folder / "part-00000.0123456789abcdef.tar"
+    orphan.write_bytes(b"lost")
+    stray = root / plan.steps[-1].folder / "shard-00000-007.tar"
+    stray.write_bytes(b"of a parent that is gone")
+    world.list_urls("b", world.images(1, first=50))
+    (root / plan.steps[-1].table(0)).unlink()
+    assert world.run("run").returncode == 0
+    assert not list(root.rglob("*.wip"))
+    assert not orphan.exists()
+    assert not stray.exists()
+
+
+def test_a_store_with_a_difficult_name(tmp_path: Path, world: World, s3_options: dict[str, Any]) -> None:
+    world.list_urls("a", world.images(5))
+    for store in (str(tmp_path / "it's [1] *?é% 20"), f"s3://bucket/{tmp_path.name}/w eb[1]%20é"):
+        world.document |= {"store": store, "storage_options": s3_options}
+        world.write()
+        done = world.run("run")
+        assert done.returncode == 0, done.stderr
+        assert make_plan(world.load()).todo() == ()
+        assert "5 images" in world.run("report").stdout
+
+
+def test_a_death_is_blamed_on_the_row_that_was_tried_last(world: World) -> None:
+    """The driver may be busy while a worker names a row and dies at once."""
+    recipe = world.load("engine.workers=1")
+    world.list_urls("a", world.images(6, captions={3: "kill"}))
+    ingest(Store(world.store), "world", recipe.dataset.source, "url", "alt", 10)
+    world.document["steps"]["caption"]["model"] = "tests.standins:captioner@1"
+    world.write()
+    plan = make_plan(world.load("engine.workers=1"))
+
+    def slow(event: Event) -> None:
+        time.sleep(0.3)
+
+    local.run(plan.job(), plan.parts, plan.recipe.engine, slow)
+    caption = plan.steps[1]
+    rows = Store(world.store).read_table(caption.table(0)).to_pylist()
+    assert [row["key"] for row in rows if row["reason"] == "crashed"] == [urls.key(f"{world.server.url}/3.jpg")]
