@@ -12,7 +12,7 @@ from rich.console import Console
 
 from .engines import Event, local
 from .ingest import ingest
-from .plan import Plan, make_plan, provenance
+from .plan import Plan, chain, make_plan, provenance
 from .progress import Display, Tally
 from .recipe import Recipe
 from .stage import identity, part_name
@@ -33,9 +33,7 @@ def run(recipe: Recipe, until: str | None = None) -> tuple[Plan, bool]:
     """
     plan = _ingest(recipe, until)
     if without := plan.without():
-        print(
-            f"the adopted result has not {len(without)} of {len(plan.parts)} parts; they are left out", file=sys.stderr
-        )
+        print(f"{len(without)} of {len(plan.parts)} parts are not in the adopted result: left out", file=sys.stderr)
     if todo := plan.todo():
         _work(plan, todo)
         plan = make_plan(recipe, until)
@@ -47,8 +45,9 @@ def run(recipe: Recipe, until: str | None = None) -> tuple[Plan, bool]:
 
 
 def _ingest(recipe: Recipe, until: str | None) -> Plan:
-    make_plan(recipe, until, write=True)  # so that a recipe error shows before a long read
     store = Store(recipe.store, recipe.storage_options)
+    store.check(write=True)
+    chain(recipe, store)  # so that a recipe error shows before a long read
     read, last = 0, time.monotonic()
     console = Console(stderr=True)
 
@@ -138,8 +137,9 @@ def write_index(plan: Plan) -> None:
 
 def described(recipe: Recipe) -> dict[str, Any]:
     """What of a recipe can change a result; so neither credentials nor how and where it runs."""
+    d = recipe.dataset
     return {
-        "dataset": {**dataclasses.asdict(recipe.dataset), "source": list(recipe.dataset.source)},
+        "dataset": {"name": d.name, "url_column": d.url_column, "caption_column": d.caption_column},
         "steps": {f.name: identity(getattr(recipe.steps, f.name)) for f in dataclasses.fields(recipe.steps)},
         "use": dict(recipe.use),
     }
