@@ -1,7 +1,8 @@
 """What a captioner and a grounder are: two moments, open (build the model on the worker) and call (one batch).
 
 A recipe names a model as `name@revision`: a built-in name (`tiny@1`, `alt_text@1`) or `module:function@revision` of the
-user's own, a function that takes no argument and returns a `Captioner` or a `Grounder`.
+user's own: a function without arguments that returns a `Captioner`, or one that takes the score floor and returns a
+`Grounder`.
 """
 
 from collections.abc import Sequence

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .plan import Plan
     from .recipe import Recipe
 
 STEPS = ("download", "caption", "phrases", "ground", "select", "pack")
@@ -114,18 +117,18 @@ def _command(options: argparse.Namespace, recipe: "Recipe") -> int:
     return 0
 
 
-def _show(options: argparse.Namespace, plan: "object", console: "object") -> int:
+def _show(options: argparse.Namespace, plan: "Plan", console: "Console") -> int:
     from .show import find, print_history, sheet
 
-    histories = find(plan, options.keys)  # type: ignore[arg-type]
+    histories = find(plan, options.keys)
     if not histories:
         print(f"vesl: no sample has a key like {' '.join(options.keys) or 'any, with regions'}", file=sys.stderr)
         return 2
     if options.keys or not options.image:
         for history in histories:
-            print_history(history, console)  # type: ignore[arg-type]
+            print_history(history, console)
     if options.image:
-        image = sheet(plan, histories)  # type: ignore[arg-type]
+        image = sheet(plan, histories)
         if image is None:
             print("vesl: there is no stored image to draw on", file=sys.stderr)
             return 2

@@ -119,14 +119,14 @@ def _ingest(
 ) -> dict[str, Any]:
     """Publish the parts of one ingest; return its entry in `dataset.json`."""
     files = [{"path": f.path, "size": f.size, "token": f.token} for f in new]
+    about = {key: value for key, value in dataset.items() if key != "ingests"}
     earlier = [i["id"] for i in dataset["ingests"]]
-    identity = fingerprint({"earlier": earlier, "files": files, "rows_per_part": rows_per_part})
+    identity = fingerprint({"about": about, "earlier": earlier, "files": files, "rows_per_part": rows_per_part})
     first = sum(i["parts"] for i in dataset["ingests"])
     with _scratch() as scratch:
-        counts = _stage(new, url_column, caption_column, f"{scratch}/rows.parquet", report)
+        counts = _collect(new, url_column, caption_column, f"{scratch}/rows.parquet", report)
         kept, parts = _publish(store, dataset, identity, first, rows_per_part, scratch)
     counts |= {"kept": kept, "duplicate_url": counts["rows"] - counts["no_url"] - counts["malformed"] - kept}
-    about = {key: value for key, value in dataset.items() if key != "ingests"}
     return {"id": identity, "files": files, "first": first, "parts": parts, **counts, "dataset": about}
 
 
@@ -151,7 +151,7 @@ def _alive(process: int) -> bool:
     return True
 
 
-def _stage(
+def _collect(
     sources: list[UrlList], url_column: str, caption_column: str | None, target: str, report: Report
 ) -> dict[str, int]:
     """Write every readable row of the files with its key and its place in the order of all rows to one scratch file."""

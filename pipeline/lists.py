@@ -62,8 +62,7 @@ def find_lists(patterns: tuple[str, ...], options: Mapping[str, Any]) -> list[Ur
     found: dict[str, UrlList] = {}
     for pattern in patterns:
         try:
-            remote = "://" in pattern and not pattern.startswith("file://")
-            fs, path = fsspec.url_to_fs(pattern, **(options if remote else {}))
+            fs, path = fsspec.url_to_fs(pattern, **options)
             if fs.exists(path) and fs.isfile(path):  # a file may have a name like a pattern
                 paths = [path]
             elif isinstance(fs, LocalFileSystem):
@@ -107,7 +106,7 @@ def read_list(source: UrlList, url_column: str, caption_column: str | None) -> I
         raise IngestError(f"dataset.source: {source.path}: {type(error).__name__}: {first}") from None
 
 
-def _require(source: UrlList, columns: list[str], wanted: tuple[str, str | None]) -> None:
+def _require_columns(source: UrlList, columns: list[str], wanted: tuple[str, str | None]) -> None:
     for key, column in zip(("url_column", "caption_column"), wanted, strict=True):
         if column is not None and column not in columns:
             near = difflib.get_close_matches(column, columns, n=1, cutoff=0.3) or columns[:1]
@@ -117,7 +116,7 @@ def _require(source: UrlList, columns: list[str], wanted: tuple[str, str | None]
 
 def _parquet(source: UrlList, raw: Any, wanted: tuple[str, str | None]) -> Iterator[Rows]:
     file = pq.ParquetFile(raw)
-    _require(source, file.schema_arrow.names, wanted)
+    _require_columns(source, file.schema_arrow.names, wanted)
     for batch in file.iter_batches(_BATCH, columns=[c for c in dict.fromkeys(wanted) if c]):
         nothing: list[Cell] = [None] * len(batch)
         urls, captions = (nothing if c is None else _texts(source, batch.column(c), c) for c in wanted)
@@ -140,7 +139,7 @@ def _json(source: UrlList, text: io.TextIOWrapper, wanted: tuple[str, str | None
     head = list(itertools.islice(records, _HEAD_ROWS))
     keys = dict.fromkeys(key for record in head if record for key in record)
     if head:  # an empty file has nothing wrong with it
-        _require(source, list(keys), wanted)
+        _require_columns(source, list(keys), wanted)
     records = itertools.chain(head, records)
     while chunk := list(itertools.islice(records, _BATCH)):
         good = [record for record in chunk if record is not None]
@@ -177,7 +176,7 @@ def _lines(text: io.TextIOWrapper) -> Iterator[str]:
 def _csv(source: UrlList, text: io.TextIOWrapper, wanted: tuple[str, str | None]) -> Iterator[Rows]:
     records = _tsv_records(_lines(text)) if source.kind == "tsv" else _csv_records(_lines(text))
     header = next(records, None) or []
-    _require(source, header, wanted)
+    _require_columns(source, header, wanted)
     places = [None if c is None else header.index(c) for c in wanted]
     while chunk := list(itertools.islice(records, _BATCH)):
         good = [record for record in chunk if record is not None and len(record) <= len(header)]

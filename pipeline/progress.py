@@ -59,6 +59,7 @@ class Tally:
         self.partial: Counter[tuple[str, int]] = Counter()  # rows done of parts that are not published
         self.opened: Counter[str] = Counter()  # models, by step
         self._opening: dict[tuple[str, int], float] = {}
+        self._start = time.monotonic()
 
     @staticmethod
     def of(plan: Plan) -> "Tally":
@@ -100,6 +101,15 @@ class Tally:
             ratio = count.kept / count.rows if count.rows else 1.0
             total = count.kept + (total - count.rows) * ratio
         return found
+
+    def seconds_left(self) -> float:
+        """By the step that needs longest at its speed of this run so far; 0 where nothing tells."""
+        elapsed, longest = time.monotonic() - self._start, 0.0
+        for step, total in self.expected().items():
+            done, fresh = self.done(step), self.counts[step].fresh
+            if 0 < done < total and fresh:
+                longest = max(longest, (total - done) * elapsed / fresh)
+        return longest
 
     def snapshot(self) -> dict[str, Any]:
         """The state as a document, for `vesl status` and the record of the run."""
@@ -174,13 +184,6 @@ class Display:
         elif force or now - self._last > _LINE_EVERY_S:
             self._last = now
             pieces = [f"{step} {self._tally.done(step)}/{expected[step]}" for step in expected]
-            self.say(f"[{now - self._start:4.0f} s] rows: " + ", ".join(pieces) + self._left(expected, now))
-
-    def _left(self, expected: dict[str, int], now: float) -> str:
-        """The time left, by the step that needs longest at its speed of this run so far."""
-        longest = 0.0
-        for step, total in expected.items():
-            done, fresh = self._tally.done(step), self._tally.counts[step].fresh
-            if 0 < done < total and fresh:
-                longest = max(longest, (total - done) * (now - self._start) / fresh)
-        return f"; about {longest:.0f} s left" if longest else ""
+            left = self._tally.seconds_left()
+            end = f"; about {left:.0f} s left" if left else ""
+            self.say(f"[{now - self._start:4.0f} s] rows: " + ", ".join(pieces) + end)

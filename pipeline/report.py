@@ -84,13 +84,8 @@ def print_status(plan: Plan, console: Console) -> None:
         if record["state"] == "running" and p["rows"] < p["expected"]
     ]
     if left:
-        elapsed = record["updated"] - record["started"]
-        times = [
-            (p["expected"] - p["rows"]) * elapsed / p["fresh"]
-            for p in record["progress"].values()
-            if p["fresh"] and p["rows"] < p["expected"]
-        ]
-        line += f", rows {', '.join(left)}" + (f"; about {max(times):.0f} s left" if times else "")
+        line += f", rows {', '.join(left)}"
+        line += f"; about {record['seconds_left']} s left" if record["seconds_left"] else ""
     console.print(line, markup=False, highlight=False)
 
 

@@ -173,8 +173,10 @@ class Record:
     def take(self, event: Event) -> None:
         """Note an event; write about every few seconds."""
         if event.kind != "rows":
-            seen = {k: v for k, v in dataclasses.asdict(event).items() if k != "footer" and v not in ("", 0, 0.0, {})}
-            self._events.append({"at": round(time.time(), 3), **seen, "part": event.part})
+            told = {"kind": event.kind, "step": event.step, "part": event.part, "seconds": round(event.seconds, 3)}
+            told |= {"fresh": event.fresh} if event.kind == "done" else {}
+            told |= {"text": event.text} if event.text else {}
+            self._events.append({"at": round(time.time(), 3), **told})
         if time.monotonic() - self._last > _RECORD_EVERY_S:
             self._write("running")
         if len(self._events) >= 1000:
@@ -187,6 +189,7 @@ class Record:
             "state": state,
             "updated": time.time(),
             "progress": self._tally.snapshot(),
+            "seconds_left": round(self._tally.seconds_left()),
         }
         self._store.write_json(f"{self._name}/run.json", document)
 

@@ -29,6 +29,7 @@ _COLOURS = (
     "#c2185b",
 )
 _SIDE_PX = 480  # of a picture on the sheet
+_FEW = 12  # samples where no key is named
 
 
 def find(plan: Plan, keys: Sequence[str]) -> list[dict[str, Any]]:
@@ -49,9 +50,6 @@ def find(plan: Plan, keys: Sequence[str]) -> list[dict[str, Any]]:
         if not keys and len(found) >= _FEW:
             break
     return found if keys else sorted(found, key=lambda h: -len(kept_regions(h)))[:_FEW]
-
-
-_FEW = 12
 
 
 def _histories(plan: Plan, part: int, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

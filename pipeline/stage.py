@@ -74,7 +74,7 @@ class Sink(Protocol):
 class WithFiles(Protocol):
     """A stage whose step writes files beside its table."""
 
-    def sink(self, store: Store, folder: str, part: int, fingerprint: str) -> Sink:
+    def sink(self, store: Store, folder: str, part: int) -> Sink:
         """Open the files of one part."""
         ...
 

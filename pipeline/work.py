@@ -127,7 +127,7 @@ def run_part(
         raise StaleError(f"the adopted result {step.folder} has no {part_name(part)} for these inputs")
     stage = step.stage
     given = incoming(store, job, index, part, stage.reads)
-    sink = stage.sink(store, step.folder, part, step.fingerprint) if isinstance(stage, WithFiles) else None
+    sink = stage.sink(store, step.folder, part) if isinstance(stage, WithFiles) else None
     saver = Saver(store, job, step, part, given, sink)
     try:
         saver.resume()
@@ -233,7 +233,7 @@ class Saver:
     """
 
     def __init__(self, store: Store, job: Job, step: Step, part: int, given: Incoming, sink: Sink | None) -> None:
-        self._store, self._step, self._given, self._sink = store, step, given, sink
+        self._store, self._given, self._sink = store, given, sink
         self._folder = wip(step.table(part))
         self._schema = step_schema(step.name)
         self._every_s, self._last = job.save_every_s, time.monotonic()
@@ -271,12 +271,12 @@ class Saver:
 
     def _save(self) -> None:
         rows = self.table().slice(self._saved)
-        step = len(rows)
+        size = len(rows)
         if self._sink and "size" in rows.column_names:
             per_row = (pc.sum(rows["size"]).as_py() or 0) // len(rows) + 1
-            step = max(1, _PIECE_BYTES // per_row)
-        for start in range(0, len(rows), step):
-            piece = rows.slice(start, step)
+            size = max(1, _PIECE_BYTES // per_row)
+        for start in range(0, len(rows), size):
+            piece = rows.slice(start, size)
             whole = self._sink.blobs(piece) if self._sink else piece
             if whole is None:
                 return

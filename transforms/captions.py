@@ -5,14 +5,14 @@ import re
 import unicodedata
 
 MAX_CHARS = 10_000
-# Controls, surrogates, line and paragraph ends: never part of a caption. Joiners and direction marks stay, as several
-# scripts and emoji need them.
+# Controls, surrogates, private and unassigned characters, line and paragraph ends: never part of a caption. Joiners and
+# direction marks stay, as several scripts and emoji need them.
 _GAPS = frozenset({"Cc", "Cs", "Co", "Cn", "Zl", "Zp"})
 _TAG = re.compile(r"</?[A-Za-z][^<>]{0,300}>|<!--.{0,300}?-->")
 
 
 def clean(text: str) -> str:
-    """Plain text of at most MAX_CHARS characters: no HTML tags or entities, no controls or surrogates, single spaces.
+    """Plain text of at most MAX_CHARS characters: no HTML tags, entities resolved, no controls, single spaces.
 
     Canonically composed (NFC). What only looks like a tag ("2 < 3 > 1") stays.
     """

@@ -8,7 +8,6 @@ by row, until the row that kills is known and fails as `crashed`.
 import multiprocessing as mp
 import os
 import signal
-import tempfile
 import threading
 import time
 import traceback
@@ -17,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from typing import IO, Any
+from typing import Any
 
 from ...models.contract import ModelError
 from ..stage import Function, Stage
@@ -47,7 +46,8 @@ class _Task:
 class _Worker:
     process: mp.process.BaseProcess
     pipe: Connection
-    output: IO[bytes]  # what its libraries print: kept off the terminal, and shown if it dies
+    output: Connection  # what its libraries print: kept off the terminal, and shown if it dies
+    said: bytes = b""  # the end of it
     task: _Task | None = None
     key: str | None = None  # the row being tried, where a part runs alone
     opened: set[str] = field(default_factory=set)
@@ -70,11 +70,13 @@ def run(job: Job, parts: Sequence[int], engine: Engine, listen: Listener) -> Non
     try:
         while any(ready) or any(worker.task for worker in pool):
             _assign(job, ready, pool, engine)
-            wait([handle for worker in pool for handle in (worker.pipe, worker.process.sentinel)])
+            handles: list[Connection | int] = [handle for w in pool for handle in (w.pipe, w.process.sentinel)]
+            wait(handles + [worker.output for worker in pool if not worker.output.closed])
             for i, worker in enumerate(pool):
                 dead = not worker.process.is_alive()  # asked first: what a dead worker said is all in the pipe
                 while worker.pipe.poll() and _hear(job, worker, ready, listen):
                     pass
+                _drain(worker)
                 if dead:
                     _bury(job, worker, ready, listen)
                     pool[i] = _start(job)
@@ -88,10 +90,11 @@ def run(job: Job, parts: Sequence[int], engine: Engine, listen: Listener) -> Non
 def _start(job: Job) -> _Worker:
     context = mp.get_context("spawn")  # forking a process with threads and models is not safe
     ours, theirs = context.Pipe()
-    output = tempfile.NamedTemporaryFile(prefix="vesl-worker-", delete=False)  # noqa: SIM115  (the worker unlinks it)
-    process = context.Process(target=_work, args=(job, theirs, output.name), daemon=True)
+    output, standard = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(job, theirs, standard), daemon=True)
     process.start()
     theirs.close()
+    standard.close()
     return _Worker(process, ours, output)
 
 
@@ -151,7 +154,7 @@ def _bury(job: Job, worker: _Worker, ready: list[deque[_Task]], listen: Listener
     if task is None:
         return
     step = job.steps[task.index].name
-    end = f"the worker died (exit code {worker.process.exitcode}{_last_words(worker)})"
+    end = f"the worker died (exit code {worker.process.exitcode}{last_words(worker.said)})"
     if task.alone and (worker.key is None or task.deaths >= _DEATHS_ALONE):
         listen(Event("lost", step, task.part, text=f"{end}, {task.deaths + 1} times in all"))
         return
@@ -161,20 +164,25 @@ def _bury(job: Job, worker: _Worker, ready: list[deque[_Task]], listen: Listener
     listen(Event("retry", step, task.part, text=end))
 
 
-def _last_words(worker: _Worker) -> str:
-    """The last line that a dead worker's libraries printed, such as a failed assertion of a C library."""
-    worker.output.seek(max(0, worker.output.seek(0, os.SEEK_END) - 2000))
-    lines = worker.output.read().decode(errors="replace").split("\n")
-    worker.output.close()
+def _drain(worker: _Worker) -> None:
+    """Read what a worker's libraries printed, so that they never wait, and keep the end of it."""
+    while not worker.output.closed and worker.output.poll():
+        data = os.read(worker.output.fileno(), 1 << 16)
+        worker.said = (worker.said + data)[-2000:]
+        if not data:
+            worker.output.close()
+
+
+def last_words(said: bytes) -> str:
+    """The last line of what a dead worker's libraries printed, such as a failed assertion of a C library."""
+    lines = said.decode(errors="replace").split("\n")
     return next((f": {line.strip()[:200]}" for line in reversed(lines) if line.strip()), "")
 
 
-def _work(job: Job, pipe: Connection, output: str) -> None:
+def _work(job: Job, pipe: Connection, output: Connection) -> None:
     """A worker's life: parts in, messages out, until the pipe closes."""
-    with open(output, "wb") as file:
-        os.unlink(output)
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
+    for stream in (1, 2):
+        os.dup2(output.fileno(), stream)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides what Ctrl-C means
     threading.Thread(target=_follow_parent, daemon=True).start()
     functions: dict[str, Function] = {}

@@ -53,7 +53,7 @@ class Download:
         """How a part's tars begin."""
         return f"{part_name(part)}."
 
-    def sink(self, store: Store, folder: str, part: int, fingerprint: str) -> "ImageTar":
+    def sink(self, store: Store, folder: str, part: int) -> "ImageTar":
         """Open the part's tar."""
         return ImageTar(store, folder, part)
 

@@ -55,7 +55,7 @@ class Pack:
         """How a part's shards begin."""
         return f"shard-{part:05d}-"
 
-    def sink(self, store: Store, folder: str, part: int, fingerprint: str) -> "Shards":
+    def sink(self, store: Store, folder: str, part: int) -> "Shards":
         """Open the part's shards."""
         return Shards(store, folder, part, self.max_shard_bytes)
 

@@ -20,6 +20,11 @@ from vesl.transforms.captions import MAX_CHARS, clean, visible
         ("👩\u200d👩\u200d👧 family", "👩\u200d👩\u200d👧 family"),
         ("<script>alert(1)</script>", "alert(1)"),
         ("", ""),
+        ("a \ue000 b \uffff c \u0378 d", "a b c d"),  # private use, no characters
+        ("ﬁne ① ½ Å", "ﬁne ① ½ Å"),  # composed, not replaced by look-alikes
+        ("1 &lt; 2", "1 < 2"),
+        ("press &lt;b&gt; for bold", "press <b> for bold"),  # what is escaped is text and no tag
+        ("x" * (MAX_CHARS - 1) + " y", "x" * (MAX_CHARS - 1)),
     ],
 )
 def test_clean(text: str, plain: str) -> None:
