@@ -68,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     from ..models.contract import ModelError
+    from .engines import EngineError
     from .lists import IngestError
     from .recipe import RecipeError, load
     from .run import OverLimitError
@@ -81,7 +82,7 @@ def _run(options: argparse.Namespace) -> int:
     except OverLimitError as error:
         print(f"vesl: {error}", file=sys.stderr)
         return 3
-    except ModelError as error:
+    except (ModelError, EngineError) as error:
         print(f"vesl: {error}", file=sys.stderr)
         return 1
     except OSError as error:  # a full disk, a store that went away

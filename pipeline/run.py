@@ -5,18 +5,19 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 
-from .engines import Event, local
+from .engines import Engine, Event, Listener
 from .ingest import ingest
 from .plan import Plan, chain, make_plan, provenance
 from .progress import Display, Tally
 from .recipe import Recipe
 from .stage import identity, part_name
 from .store import Store, to_json
+from .work import Job
 
 _RECORD_EVERY_S = 5.0
 _JUDGED_FROM = 100  # rows of a step before its failures may end a run early
@@ -89,7 +90,22 @@ def _work(plan: Plan, todo: tuple[int, ...]) -> None:
             if event.kind == "done":
                 check_limit(plan.recipe, tally, event.step, at_end=False)
 
-        local.run(job, todo, plan.recipe.engine, listen)
+        carry(plan.recipe.engine)(job, todo, plan.recipe.engine, listen)
+
+
+def carry(engine: Engine) -> Callable[[Job, Sequence[int], Engine, Listener], None]:
+    """The engine's function. Its module is imported here, as it brings a large library."""
+    if engine.kind == "ray":
+        from .engines import ray
+
+        return ray.run
+    if engine.kind == "beam":
+        from .engines import beam
+
+        return beam.run
+    from .engines import local
+
+    return local.run
 
 
 def _sweep(plan: Plan) -> None:

@@ -19,15 +19,22 @@ class Resources:
 
     workers: int | None = None
     batch: int | None = None
+    min_workers: int | None = None  # where the pool may grow and shrink between this and `workers`; on ray
+    cpus: float | None = None  # for each worker; on ray
+    gpus: float | None = None  # for each worker; on ray and beam
+    accelerator: str | None = None  # its type, such as nvidia-l4; on beam
+    memory: str | None = None  # such as 24GiB; on beam
 
 
 @dataclass(frozen=True)
 class Engine:
     """Who carries the parts through the steps. Nothing here can change a result."""
 
-    kind: Literal["local"] = "local"
+    kind: Literal["local", "ray", "beam"] = "local"
     workers: int | None = None  # processes; default: one per core
     save_every_s: float = 60.0  # how much work of a slow part a crash may cost
+    address: str | None = None  # of a Ray cluster; default: RAY_ADDRESS, else one on this machine
+    options: tuple[str, ...] = ()  # for Beam, such as --runner=...
     download: Resources = Resources(batch=256)
     caption: Resources = Resources(batch=32)
     phrases: Resources = Resources(batch=256)

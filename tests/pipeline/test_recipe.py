@@ -58,7 +58,7 @@ def test_base_is_inherited_and_overridden(tmp_path: Path) -> None:
         (GOOD, ["steps.ground.model=tiny"], "steps.ground.model: 'tiny' is not pinned; write name@revision"),
         (GOOD, ["steps.caption.model=alt_txt@1"], "steps.caption.model: 'alt_txt@1' is not a captioner"),
         (GOOD, ["steps.phrases.tagger=en_core_web_sm"], "steps.phrases.tagger: 'en_core_web_sm' is not pinned"),
-        (GOOD, ["engine.kind=spark"], "engine.kind: 'spark' is not one of local"),
+        (GOOD, ["engine.kind=spark"], "engine.kind: 'spark' is not one of local, ray, beam"),
         (GOOD, ["dataset.only_parts=a-b"], "dataset.only_parts: 'a-b' is not like 0-3"),
         (GOOD, ["dataset.only_parts=5-2"], "dataset.only_parts: '5-2' is not like 0-3"),
         (GOOD, ["dataset.name=2024-13-45"], "the value is not valid YAML"),

@@ -1,0 +1,224 @@
+"""Engine `beam`: one named composite per step, on any runner of Apache Beam, chosen by `engine.options`.
+
+The pipeline runs in a process of its own beside the driver, which can end it, and all that it started, at any moment:
+Beam's local runner cannot be cancelled, dies with a row that kills its worker where both are one process, and may wait
+for ever for a worker process that died. The driver learns from the store how far things are, and submits again what is
+missing. What only the workers know (why a part was given up, which parts are being tried) they leave there as small
+notes, in a folder that is removed when the run ends. The steps themselves are in `beam_steps`.
+
+Without options Beam works in that one process: each model is open once, and a death costs the one part in flight. With
+`engine.workers` above 1, and no runner named, it works in that many processes, each with models of its own. A runner on
+a cluster (Dataflow, Flink, Spark) is chosen by its options alone, and was not run here; there a job goes on where the
+driver is killed, and its results count. A step's `workers` is not used.
+"""
+
+# mypy: allow-untyped-calls
+import io
+import multiprocessing as mp
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import redirect_stderr, suppress
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from ...models.contract import ModelError
+from ..store import Store
+from ..work import Job
+from . import Engine, EngineError, Event, Listener, local
+from .beam_steps import NO_PART, Notes, chain
+from .follow import follow
+
+_DEATHS = 2  # pipelines that ended with the part in flight; then it runs alone, as on engine `local`
+_OUTPUT_BYTES = 1 << 20  # of the log of Beam and all its workers
+_CANCEL_S = 30.0  # for a cluster to take note that its job is cancelled
+
+
+def _flags(engine: Engine) -> list[str]:
+    options = list(getattr(engine, "options", ()))
+    if (engine.workers or 1) > 1 and not any(option.startswith("--runner") for option in options):
+        options = ["--direct_running_mode=multi_processing", f"--direct_num_workers={engine.workers}", *options]
+    return options
+
+
+def _submit(job: Job, parts: Sequence[int], engine: Engine, notes: Notes, pipe: Connection, output: str) -> None:
+    """The life of the pipeline's process: one message `running` once the job can be cancelled, one how it ended."""
+    with open(output, "ab") as file:  # appending goes on where the driver cuts it
+        os.unlink(output)
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    os.setsid()  # a group, so that Beam's worker processes end with this one
+    threading.Thread(target=_end_with_driver, daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    threading.excepthook = lambda args: _on_thread_end(args, pipe)
+    if (engine.workers or 1) > 1:
+        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):  # else each takes every core
+            os.environ.setdefault(name, str(max(1, (os.cpu_count() or 1) // (engine.workers or 1))))
+    try:
+        import apache_beam as beam
+        from apache_beam.options.pipeline_options import PipelineOptions
+
+        options = PipelineOptions(_flags(engine))
+        with redirect_stderr(io.StringIO()) as printed:
+            try:
+                options.get_all_options()
+            except SystemExit:  # how the parser takes a wrong value
+                raise ValueError(printed.getvalue()) from None
+        pipeline = beam.Pipeline(options=options)
+        chain(pipeline, job, parts, engine, notes)
+        result = pipeline.run()
+        pipe.send(("running", ""))
+        try:
+            state = str(result.wait_until_finish())
+        except SystemExit:
+            result.cancel()
+            os._exit(1)  # without waiting for threads that are at work
+        pipe.send(("done", "") if state == "DONE" else ("failed", f"the pipeline ended as {state}"))
+    except Exception as error:  # noqa: BLE001  (every runner has errors of its own: the driver decides)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+        pipe.send(("failed", f"{type(error).__name__}: {lines[-1][:500]}"))
+
+
+def _on_thread_end(args: Any, pipe: Connection) -> None:
+    """Where a worker process dies, its watching threads end with an exception that the runner may not hear of."""
+    threading.__excepthook__(args)
+    if args.thread and args.thread.name in ("run_worker", "beam_control_read"):
+        if args.thread.name == "beam_control_read":  # the other thread knows the exit code
+            time.sleep(2)
+        pipe.send(("failed", f"a worker process died: {args.exc_value}"))
+
+
+def _end_with_driver() -> None:
+    parent = mp.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os.killpg(0, signal.SIGKILL)
+
+
+def _going(said: Sequence[tuple[str, str]]) -> bool:
+    return not said or said[-1][0] == "running"
+
+
+@dataclass
+class _Driver:
+    """One run, as a row of pipelines: the next takes up what the one before left when it broke."""
+
+    job: Job
+    engine: Engine
+    listen: Listener
+    store: Store
+    folder: str
+    told: set[tuple[str, int]] = field(default_factory=set)  # published
+    heard: set[str] = field(default_factory=set)  # notes
+    lost: set[int] = field(default_factory=set)
+    deaths: Counter[tuple[int, int]] = field(default_factory=Counter)
+
+    def run(self, parts: Sequence[int]) -> None:
+        """Submit until every part is done or lost. Raises EngineError where a pipeline gets nowhere."""
+        for number in range(sys.maxsize):
+            left = [part for part in parts if part not in self.lost]
+            before = len(self.told) + len(self.lost)
+            if not left or (text := self._pipeline(left, Notes(self.folder, number))) is None:
+                return
+            suspects = self._suspects(number)
+            if not suspects and before == len(self.told) + len(self.lost):
+                raise EngineError(f"engine beam: {text}")
+            for index, part in suspects:
+                self.deaths[index, part] += 1
+                self.hear(Event("retry", self.job.steps[index].name, part, text=text))
+            for index, part in suspects:
+                if self.deaths[index, part] == _DEATHS and part not in self.lost:
+                    upto = replace(self.job, steps=self.job.steps[: index + 1])
+                    local.run(upto, [part], replace(self.engine, workers=1), self.hear)
+
+    def _suspects(self, number: int) -> list[tuple[int, int]]:
+        """What a pipeline was at when it broke: steps and parts that did not run alone yet."""
+        names = self.store.names(f"{self.folder}/at", f"{number}-")
+        found = {(int(name.split("-")[1]), int(name.split("-")[2])) for name in names}
+        return sorted(place for place in found if self.deaths[place] < _DEATHS and place[1] not in self.lost)
+
+    def hear(self, event: Event) -> None:
+        """Pass an event on, a published part only once."""
+        if event.kind == "done":
+            if (event.step, event.part) in self.told:
+                return
+            self.told.add((event.step, event.part))
+        self.lost |= {event.part} if event.kind == "lost" else set()
+        self.listen(event)
+
+    def _read_notes(self) -> None:
+        for name in self.store.names(f"{self.folder}/told"):
+            if name.endswith(".json") and name not in self.heard:
+                self.heard.add(name)
+                event = Event(**self.store.read_json(f"{self.folder}/told/{name}"))
+                if event.part == NO_PART:
+                    raise ModelError(event.text)
+                self.hear(event)
+
+    def _pipeline(self, parts: Sequence[int], notes: Notes) -> str | None:
+        """Run one pipeline to its end, however it ends; return what was wrong with it."""
+        context = mp.get_context("spawn")
+        ours, theirs = context.Pipe()
+        output = tempfile.NamedTemporaryFile(prefix="vesl-beam-", delete=False)  # noqa: SIM115  (the child unlinks it)
+        arguments = (self.job, parts, self.engine, notes, theirs, output.name)
+        process = context.Process(target=_submit, args=arguments, daemon=True)
+        process.start()
+        theirs.close()
+        said: list[tuple[str, str]] = []
+
+        def going() -> bool:
+            self._read_notes()
+            try:
+                while _going(said) and ours.poll():
+                    said.append(ours.recv())
+            except (EOFError, OSError):
+                process.join()
+                output.seek(max(0, output.seek(0, os.SEEK_END) - 2000))
+                words = local.last_words(output.read())
+                said.append(("died", f"the pipeline's process died (exit code {process.exitcode}{words})"))
+            if os.fstat(output.fileno()).st_size > _OUTPUT_BYTES:
+                output.truncate(0)
+            return _going(said)
+
+        try:
+            follow(self.job, parts, going, self.hear)
+            self._read_notes()  # its last ones
+            return said[-1][1] or None
+        finally:
+            if said and said[-1][0] == "running":  # on a cluster, where ending this process does not end the job
+                process.terminate()
+                process.join(_CANCEL_S)
+            assert process.pid
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+            process.join()
+            output.close()
+
+
+def run(job: Job, parts: Sequence[int], engine: Engine, listen: Listener) -> None:
+    """Carry the parts through all steps of the job.
+
+    A part that is given up is told as `lost`, the others go on; one whose worker died twice is run alone in a process
+    of this machine. Raises ModelError where a model cannot be opened, EngineError where Beam is not installed or a
+    pipeline fails before it does anything; whatever `listen` raises ends the run.
+    """
+    if find_spec("apache_beam") is None:
+        raise EngineError("the engine beam needs `pip install 'vesl[beam]'`")
+    store = job.open_store()
+    folder = f"runs/.beam-{uuid.uuid4().hex}"
+    try:
+        for name in ("at", "told"):
+            store.fs.makedirs(store.path(f"{folder}/{name}"), exist_ok=True)
+        _Driver(job, engine, listen, store, folder).run(parts)
+    finally:
+        with suppress(Exception):
+            store.fs.rm(store.path(folder), recursive=True)

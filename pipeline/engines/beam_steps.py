@@ -1,0 +1,199 @@
+"""The steps as Beam's own operators: for engine `beam`, and for pipelines of other people.
+
+Elements are the numbers of parts. Everything here runs on the workers, or builds the pipeline that they run.
+"""
+
+# mypy: allow-untyped-calls
+import math
+import os
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from ...models.contract import ModelError
+from ..stage import Function, Stage, Step
+from ..store import Store
+from ..work import Attempt, Job, run_part
+from . import Engine, Event, Resources
+
+NO_PART = -1  # of a note that concerns all parts
+_FAULTS = 3  # exceptions of a part before it is given up
+
+
+class _Shared:
+    """A stage's function: opened once per worker process, and called by one thread at a time."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.function: Function | None = None
+
+    def __call__(self, batch: Any) -> Any:
+        assert self.function is not None
+        with self.lock:
+            return self.function(batch)
+
+
+_SHARED: dict[str, _Shared] = {}
+_SHARED_LOCK = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What workers tell the driver through the store; nobody listens where there is no folder."""
+
+    folder: str | None = None
+    round: int = 0
+
+    def tell(self, store: Store, event: Event) -> None:
+        """Leave an event for the driver."""
+        if self.folder:
+            told = {name: getattr(event, name) for name in ("kind", "step", "part", "seconds", "text")}
+            store.write_json(f"{self.folder}/told/{time.time_ns()}-{uuid.uuid4().hex[:8]}.json", told)
+
+    def begin(self, store: Store, index: int, part: int) -> str:
+        """Say that an attempt is going on, until `end`."""
+        name = f"{self.folder}/at/{self.round}-{index}-{part}-{uuid.uuid4().hex[:8]}"
+        with suppress(Exception):  # a note that is missing costs no more than the name of a culprit
+            if self.folder:
+                store.fs.pipe_file(store.path(name), b"")
+        return name
+
+    def end(self, store: Store, name: str) -> None:
+        """Take back what `begin` said."""
+        with suppress(Exception):
+            if self.folder:
+                store.fs.rm_file(store.path(name))
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The body of a step's operator: the number of a part in, and out again; what was given up goes out as `lost`."""
+
+    job: Job
+    index: int
+    notes: Notes
+
+    def __call__(self, part: int) -> Iterator[Any]:
+        from apache_beam.pvalue import TaggedOutput
+
+        store, step = self.job.open_store(), self.job.steps[self.index]
+        name = self.notes.begin(store, self.index, part)
+        text = self._attempts(store, step, part)
+        self.notes.end(store, name)
+        yield TaggedOutput("lost", {"step": step.name, "part": part, "text": text}) if text else part
+
+    def _attempts(self, store: Store, step: Step, part: int) -> str:
+        """Do the part; return what was wrong if that did not go at any attempt, else nothing."""
+        text = ""
+        for fault in range(_FAULTS):
+            if fault:
+                with suppress(Exception):
+                    self.notes.tell(store, Event("retry", step.name, part, text=text))
+                time.sleep(2.0**fault / 2)
+            try:
+                result = run_part(self.job, self.index, part, lambda stage: self._open(store, step, part), Attempt())
+            except ModelError as error:
+                self.notes.tell(store, Event("lost", step.name, NO_PART, text=str(error)))
+                raise
+            except Exception as error:  # noqa: BLE001  (a fault of a part, not of the run)
+                where = traceback.extract_tb(error.__traceback__)[-1]
+                text = f"{type(error).__name__}: {error} ({os.path.basename(where.filename)}:{where.lineno})"
+            else:
+                _count(step.name, *result)
+                return ""
+        _count(step.name, None, False)
+        return text
+
+    def _open(self, store: Store, step: Step, part: int) -> Function:
+        with _SHARED_LOCK:  # pipelines of one process may differ in a stage's operational options
+            shared = _SHARED.setdefault(f"{step.folder} {step.stage!r}", _Shared())
+        with shared.lock:
+            if shared.function is None:
+                start = time.monotonic()
+                shared.function = step.stage.open()
+                if step.stage.opens_model:
+                    self.notes.tell(store, Event("open", step.name, part, seconds=time.monotonic() - start))
+        return shared
+
+
+def _count(step: str, footer: Mapping[str, Any] | None, fresh: bool) -> None:
+    from apache_beam.metrics.metric import Metrics
+
+    found = {"parts_lost": 1}
+    if footer:
+        counts = footer["counts"]
+        found = {"parts": 1, "parts_found_done": int(not fresh), "kept": counts["kept"]}
+        found |= {f"{o}.{reason}": n for o in ("rejected", "failed") for reason, n in counts[o].items()}
+    for name, n in found.items():
+        Metrics.counter("vesl", f"{step}.{name}").inc(n)
+
+
+def _tell_lost(lost: Mapping[str, Any], job: Job, notes: Notes) -> None:
+    notes.tell(job.open_store(), Event("lost", lost["step"], lost["part"], text=lost["text"]))
+
+
+def through(
+    job: Job, index: int, resources: Resources | None = None, reshuffle: bool = True, notes: Notes | None = None
+) -> Any:
+    """Step `index` of a job as a composite PTransform, `vesl.<step>`, also for a pipeline of your own.
+
+    ::
+
+        job = make_plan(load("recipe.yaml"), until="caption").job()
+        with apache_beam.Pipeline() as pipeline:
+            parts = pipeline | apache_beam.Create(range(len(job.inputs)))
+            downloaded = parts | through(job, 0)
+            captioned = downloaded.parts | through(job, 1, reshuffle=False)
+            captioned.parts | apache_beam.Map(print)
+
+    In: numbers of parts whose earlier steps are done. Out: `parts`, the numbers of those that are published now, and
+    `lost`, {"step", "part", "text"} of those that were given up. Results lie in the store, where a part that is done
+    is found done. `reshuffle` spreads the parts over the workers (their numbers are tiny, so a runner would make one
+    bundle of them); on batch runners it makes this step wait until all parts are through the one before.
+    A stage's function is opened once per worker process, and called by one thread at a time while threads at other
+    steps go on: one process with many threads holds one model; `multi_processing` and SDK containers one each.
+    Counters, namespace `vesl`: `<step>.kept`, `<step>.rejected.<reason>`, `<step>.failed.<reason>` in rows, found done
+    or not; `<step>.parts`, `<step>.parts_found_done`, `<step>.parts_lost`. A ModelError fails the pipeline.
+    """
+    import apache_beam as beam
+
+    step = job.steps[index]
+    transform: Any = beam.ptransform_fn(_expand)(_Work(job, index, notes or Notes()), reshuffle)
+    if hints := _hints(step.stage, resources):
+        transform = transform.with_resource_hints(**hints)
+    return f"vesl.{step.name}" >> transform
+
+
+def _expand(parts: Any, work: _Work, reshuffle: bool) -> Any:
+    import apache_beam as beam
+
+    spread = parts | beam.Reshuffle() if reshuffle else parts
+    return spread | "work" >> beam.FlatMap(work).with_outputs("lost", main="parts")
+
+
+def _hints(stage: Stage, resources: Resources | None) -> dict[str, str]:
+    """Beam's resource hints of a step: memory, and GPUs where it opens a model. Runners on one machine ignore them."""
+    memory, gpus, kind = (getattr(resources, name, None) for name in ("memory", "gpus", "accelerator"))
+    hints = {"min_ram": str(memory)} if memory else {}
+    if gpus and stage.opens_model:
+        kinds = [f"type:{kind}"] if kind else []
+        hints["accelerator"] = ";".join([*kinds, f"count:{math.ceil(gpus)}", "install-nvidia-driver"])
+    return hints
+
+
+def chain(pipeline: Any, job: Job, parts: Sequence[int], engine: Engine, notes: Notes) -> None:
+    """All steps in a row. They stay fused, so that parts overlap, but where a step wants workers of another kind."""
+    import apache_beam as beam
+
+    flowing, lost, before = pipeline | "parts" >> beam.Create(list(parts), reshuffle=False), [], None
+    for index, step in enumerate(job.steps):
+        hints = _hints(step.stage, engine.of(step.name))
+        out = flowing | through(job, index, engine.of(step.name), reshuffle=hints != before, notes=notes)
+        flowing, before = out.parts, hints
+        lost.append(out.lost)
+    lost | "lost" >> beam.Flatten() | "tell" >> beam.Map(_tell_lost, job, notes)

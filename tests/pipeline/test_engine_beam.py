@@ -1,0 +1,240 @@
+"""Engine `beam` on Beam's local runner, in one process and in several, and over a job service with LOOPBACK."""
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.webserver import WebServer
+from tests.world import World
+from vesl.models.contract import ModelError
+from vesl.pipeline.engines import Engine, EngineError, Event, Resources, beam
+from vesl.pipeline.engines.beam_steps import through
+from vesl.pipeline.ingest import ingest
+from vesl.pipeline.plan import Plan, make_plan
+from vesl.pipeline.store import Store
+
+MADE = ("caption", "phrases", "ground", "select", "pack")
+
+
+@dataclass(frozen=True)
+class BeamEngine(Engine):
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Gpus(Resources):
+    gpus: float = 1
+    accelerator: str = "nvidia-l4"
+    memory: str = "24GiB"
+
+
+def carry(world: World, *options: str, until: str | None = None, workers: int | None = None) -> list[Event]:
+    """Run the engine on what is missing; return the events."""
+    plan, events = make_plan(world.load(), until), []
+    engine = BeamEngine(workers=workers, options=options)
+    beam.run(plan.job(), plan.todo(), engine, events.append)
+    return events
+
+
+def of(events: Sequence[Event], kind: str) -> list[tuple[str, int]]:
+    return [(event.step, event.part) for event in events if event.kind == kind]
+
+
+def tables(world: World, *steps: str) -> dict[str, bytes]:
+    """What the engine makes: tables, images and shards, but no documents."""
+    return {name: data for name, data in world.contents(*steps).items() if not name.endswith(".json")}
+
+
+def forget(world: World, *steps: str) -> None:
+    for step in steps:
+        shutil.rmtree(Path(world.store) / step, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """What engine `local` made of 14 images in 3 parts."""
+    with WebServer() as server:
+        world = World(tmp_path_factory.mktemp("made"), server)
+        world.list_urls("a", world.images(14, captions={3: "please raise", 8: "silence"}))
+        world.document["steps"]["caption"]["model"] = "tests.standins:captioner@1"
+        world.document["limits"] = {"failed_fraction": 0.5}
+        world.write()
+        done = world.run("run")
+        assert done.returncode == 0, done.stderr
+        yield world
+
+
+@pytest.fixture(scope="module")
+def job_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of Beam's job service in a process of its own."""
+    port = tmp_path_factory.mktemp("service") / "port"
+    module = "apache_beam.runners.portability.local_job_service_main"
+    command = [sys.executable, "-m", module, "--port", "0", "--port_file", str(port)]
+    service = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (port.exists() and port.read_text().strip()):
+        assert service.poll() is None
+        time.sleep(0.1)
+    yield f"localhost:{port.read_text().strip()}"
+    service.kill()
+    service.wait()
+
+
+def portable(address: str) -> tuple[str, ...]:
+    return ("--runner=PortableRunner", f"--job_endpoint={address}", "--environment_type=LOOPBACK")
+
+
+@pytest.mark.parametrize("mode", ["in-process", pytest.param("multi_processing", marks=pytest.mark.slow), "portable"])
+def test_same_bytes_as_the_local_engine(made: World, mode: str, request: pytest.FixtureRequest) -> None:
+    want = tables(made, "download", *MADE)
+    forget(made, *MADE)
+    if mode == "portable":
+        events = carry(made, *portable(request.getfixturevalue("job_service")))
+    else:
+        events = carry(made, workers=2 if mode == "multi_processing" else None)
+    assert tables(made, "download", *MADE) == want
+    assert sorted(of(events, "done")) == sorted((step, part) for step in ("download", *MADE) for part in range(3))
+    assert {event.step for event in events if event.kind == "done" and not event.fresh} == {"download"}
+    assert {step for step, _ in of(events, "open")} == {"caption", "phrases", "ground"}
+    assert not of(events, "retry") + of(events, "lost")
+    assert not list((Path(made.store) / "runs").glob(".beam-*"))
+
+
+def test_the_steps_in_a_pipeline_of_ones_own(made: World) -> None:
+    import apache_beam
+    from apache_beam.testing.util import assert_that, equal_to
+
+    want = tables(made, "caption")
+    forget(made, "caption")
+    job = make_plan(made.load(), until="caption").job()
+    pipeline = apache_beam.Pipeline()
+    downloaded = pipeline | apache_beam.Create(range(3)) | through(job, 0)
+    captioned = downloaded.parts | through(job, 1, Gpus())
+    assert_that(captioned.parts, equal_to([0, 1, 2]))
+    assert_that(captioned.lost, equal_to([]), label="none is lost")
+    assert downloaded.parts.producer.full_label.startswith("vesl.download/")
+    assert captioned.parts.producer.full_label.startswith("vesl.caption/")
+    hints = captioned.parts.producer.resource_hints
+    assert set(hints.values()) == {b"type:nvidia-l4;count:1;install-nvidia-driver", b"25769803776"}
+    result = pipeline.run()
+    result.wait_until_finish()
+    counters = result.metrics().query(apache_beam.metrics.MetricsFilter().with_namespace("vesl"))["counters"]
+    assert {counter.key.metric.name: counter.committed for counter in counters} == {
+        "download.parts": 3, "download.parts_found_done": 3, "download.kept": 14,
+        "caption.parts": 3, "caption.parts_found_done": 0, "caption.kept": 12,
+        "caption.failed.error": 1, "caption.rejected.empty_caption": 1,
+    }  # fmt: skip
+    assert tables(made, "caption") == want
+
+
+def test_a_model_is_opened_once_per_process_and_called_by_one_thread(
+    made: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STANDIN_WAIT_S", "0.05")
+    plan = make_plan(made.load("steps.caption.model=tests.pipeline.test_engine_beam:jealous@1"), until="caption")
+    events: list[Event] = []
+    options = ("--direct_running_mode=multi_threading", "--direct_num_workers=3")
+    beam.run(plan.job(), plan.todo(), BeamEngine(options=options), events.append)
+    assert len(of(events, "open")) == 1
+    tally = [event.footer["counts"] for event in events if (event.kind, event.step) == ("done", "caption")]
+    assert [count["failed"] for count in tally] == [{}, {}, {}]
+
+
+def jealous() -> Any:
+    """A captioner that bears one caller only."""
+    busy: list[bool] = []
+
+    def caption(images: Sequence[Any], alt_texts: Sequence[str]) -> list[list[str]]:
+        assert not busy
+        busy.append(True)
+        time.sleep(0.2)
+        busy.clear()
+        return [[text] for text in alt_texts]
+
+    return caption
+
+
+def test_a_part_that_cannot_be_read_is_lost_and_the_others_go_on(made: World, tmp_path: Path) -> None:
+    forget(made, *MADE)
+    (tar,) = Path(made.store).glob("download/*/part-00001.*.tar")
+    shutil.move(tar, tmp_path)
+    try:
+        events = carry(made, until="caption")
+    finally:
+        shutil.move(tmp_path / tar.name, tar)
+    assert of(events, "retry") == [("caption", 1)] * 2
+    assert of(events, "lost") == [("caption", 1)]
+    assert "FileNotFoundError" in next(event.text for event in events if event.kind == "lost")
+    assert {p for s, p in of(events, "done") if s == "caption"} == {0, 2}
+    assert of(carry(made, until="caption"), "lost") == []
+
+
+def test_a_store_in_a_bucket(world: World, tmp_path: Path, s3_options: dict[str, Any]) -> None:
+    world.document |= {"store": f"s3://bucket/{tmp_path.name}", "storage_options": s3_options}
+    world.write()
+    world.list_urls("a", world.images(4))
+    recipe = world.load()
+    store = Store(recipe.store, recipe.storage_options)
+    ingest(store, "world", recipe.dataset.source, "url", "alt", 2, s3_options, lambda rows: None)
+    events = carry(world, until="caption")
+    assert sorted(of(events, "done")) == [(step, part) for step in ("caption", "download") for part in (0, 1)]
+    assert all(event.fresh for event in events)
+    assert of(events, "open") == []
+    assert store.names("runs") == []
+
+
+def test_a_model_that_cannot_be_opened(made: World) -> None:
+    plan = make_plan(made.load("steps.caption.model=no.such.module:model@1"))
+    with pytest.raises(ModelError, match=r"^.*No module named 'no'.*$"):
+        beam.run(plan.job(), plan.todo(), BeamEngine(), lambda event: None)
+
+
+@pytest.mark.parametrize("mode", [pytest.param("multi_processing", marks=pytest.mark.slow), "portable"])
+def test_whatever_listen_raises_ends_the_run(
+    made: World, mode: str, job_service: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STANDIN_WAIT_S", "3")
+    revision = {"multi_processing": 2, "portable": 3}[mode]
+    plan = make_plan(made.load(f"steps.caption.model=tests.standins:captioner@{revision}"), until="caption")
+    engine = BeamEngine(workers=2) if mode == "multi_processing" else BeamEngine(options=portable(job_service))
+    raised: list[float] = []
+
+    def listen(event: Event) -> None:
+        if event.kind == "open":
+            raised.append(time.monotonic())
+            raise KeyError("enough")
+
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    with pytest.raises(KeyError, match="enough"):
+        beam.run(plan.job(), plan.todo(), engine, listen)
+    assert time.monotonic() - raised[0] < 3
+    assert {process.pid for process in psutil.Process().children(recursive=True)} == before
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (("--runner=NoSuchRunner",), "NoSuchRunner"),
+        (("--direct_num_workers=many",), "invalid int value: 'many'"),
+    ],
+)
+def test_a_pipeline_that_cannot_start_is_one_line(made: World, options: tuple[str, ...], text: str) -> None:
+    plan = make_plan(made.load("steps.select.rule.score=0.77"))
+    with pytest.raises(EngineError) as caught:
+        beam.run(plan.job(), plan.todo(), BeamEngine(options=options), lambda event: None)
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_beam_is_not_installed(made: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beam, "find_spec", lambda name: None)
+    plan: Plan = make_plan(made.load())
+    with pytest.raises(EngineError, match=r"pip install 'vesl\[beam\]'"):
+        beam.run(plan.job(), (0,), replace(plan.recipe.engine), lambda event: None)
