@@ -102,7 +102,11 @@ def _check(recipe: Recipe, path: str) -> None:
     counts = {"dataset.rows_per_part": recipe.dataset.rows_per_part, "engine.workers": recipe.engine.workers}
     for step in dataclasses.fields(Steps):
         resources = getattr(recipe.engine, step.name)
-        counts |= {f"engine.{step.name}.workers": resources.workers, f"engine.{step.name}.batch": resources.batch}
+        for name in ("workers", "min_workers", "batch"):
+            counts[f"engine.{step.name}.{name}"] = getattr(resources, name)
+        for name in ("cpus", "gpus"):
+            if (getattr(resources, name) or 0) < 0:
+                raise RecipeError(f"{path}: engine.{step.name}.{name}: {getattr(resources, name)} is negative")
     for where, count in counts.items():
         if count is not None and count < 1:
             raise RecipeError(f"{path}: {where}: {count} is not a positive number")

@@ -21,10 +21,11 @@ from typing import Any
 from ...models.contract import ModelError
 from ..stage import Function, Stage
 from ..work import Attempt, Job, run_part
-from . import Engine, Event, Listener
+from . import Engine, EngineError, Event, Listener
 
 _DEATHS = 2  # with other rows; then the part runs alone
 _DEATHS_ALONE = 50  # then the part is given up: it is no few rows that kill
+_DEATHS_IDLE = 10  # of workers in a row that had nothing to do: this Python cannot start them
 _FAULTS = 3  # exceptions of a part (a store that is away, a full disk) before it is given up
 _TICK_S = 0.5  # how often a busy worker tells how many rows it has done
 
@@ -57,7 +58,8 @@ def run(job: Job, parts: Sequence[int], engine: Engine, listen: Listener) -> Non
     """Carry the parts through all steps of the job.
 
     A part that is given up is told as `lost`, the others go on.
-    Raises ModelError where a model cannot be opened; whatever `listen` raises ends the run.
+    Raises ModelError where a model cannot be opened, EngineError where workers cannot be started; whatever `listen`
+    raises ends the run.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = min(engine.workers or cores, len(parts))
@@ -67,6 +69,7 @@ def run(job: Job, parts: Sequence[int], engine: Engine, listen: Listener) -> Non
     ready: list[deque[_Task]] = [deque() for _ in job.steps]  # by step
     ready[0].extend(_Task(0, part) for part in parts)
     pool = [_start(job) for _ in range(count)]
+    idle_deaths = 0
     try:
         while any(ready) or any(worker.task for worker in pool):
             _assign(job, ready, pool, engine)
@@ -78,6 +81,9 @@ def run(job: Job, parts: Sequence[int], engine: Engine, listen: Listener) -> Non
                     pass
                 _drain(worker)
                 if dead:
+                    idle_deaths = 0 if worker.task else idle_deaths + 1
+                    if idle_deaths > _DEATHS_IDLE:
+                        raise EngineError(f"the workers die as soon as they start{last_words(worker.said)}")
                     _bury(job, worker, ready, listen)
                     pool[i] = _start(job)
     finally:

@@ -1,0 +1,201 @@
+"""The Ray engine on a real local Ray of two CPUs, started once: same bytes, same events, and no fault that stops it."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.world import ROOT, World
+from vesl.models.contract import ModelError
+from vesl.pipeline.engines import Engine, EngineError, Event, Resources, local
+from vesl.pipeline.engines import ray as engine
+from vesl.pipeline.plan import Plan
+from vesl.pipeline.run import _ingest
+
+STEPS = ("download", "caption", "phrases", "ground", "select", "pack")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    ray = pytest.importorskip("ray")
+    environment = {"PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{ROOT}"}  # for the stand-in models
+    ray.init(
+        address="local",
+        num_cpus=2,
+        log_to_driver=False,
+        include_dashboard=False,
+        object_store_memory=200 << 20,
+        runtime_env={"env_vars": environment},
+    )
+    yield ray
+    ray.shutdown()
+
+
+def carry(plan: Plan, **options: Any) -> list[Event]:
+    events: list[Event] = []
+    engine.run(plan.job(), plan.todo(), Engine(kind="ray", **{"workers": 1, **options}), events.append)
+    return events
+
+
+def planned(world: World, *overrides: str, until: str | None = None) -> Plan:
+    """The plan, after ingest. A short chain starts fewer actors, each some two seconds of a core."""
+    return _ingest(world.load(*overrides), until)
+
+
+def workers() -> list[str]:
+    """The actors of Ray Data on this machine that are ours."""
+    names = [child.name() for child in psutil.Process().children(recursive=True) if child.status() != "zombie"]
+    return [name for name in names if name.startswith("ray::MapWo")]
+
+
+def test_same_bytes_as_the_local_engine_in_an_operator_for_each_step(
+    cluster: Any, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray.data
+
+    executors: list[Any] = []
+    create = ray.data.Dataset._create_executor
+    monkeypatch.setattr(
+        ray.data.Dataset, "_create_executor", lambda self: executors.append(create(self)) or executors[-1]
+    )
+    rows = [*world.images(16, captions={3: "please raise", 7: "silence"}), (f"{world.server.url}/none.jpg", "gone")]
+    world.list_urls("a", rows)
+    world.document["steps"]["caption"]["model"] = "tests.standins:captioner@1"
+    world.write()
+    plan = planned(world)
+    local.run(plan.job(), plan.todo(), Engine(workers=1), lambda event: None)
+    want = world.contents(*STEPS)
+    os.rename(world.store, f"{world.store}-local")
+    events = carry(planned(world), ground=Resources(workers=2, min_workers=2, cpus=0.3))
+    assert world.contents(*STEPS) == want
+    assert sorted((e.kind, e.step, e.part, e.fresh) for e in events) == sorted(
+        ("done", step, part, True) for step in STEPS for part in range(4)
+    )
+    assert not list(Path(world.store).rglob("*.wip"))
+
+    operators = list(executors[0]._topology)
+    assert [op.name for op in operators] == ["Input", *(f"Map({step.capitalize()})" for step in STEPS)]
+    for op in operators[1:]:
+        pool, resources = op._actor_pool, op._ray_remote_args
+        share = (0.3, 2, 2) if op.name == "Map(Ground)" else (0.16, 1, 1)
+        assert (resources["num_cpus"], pool.min_size(), pool.max_size()) == share
+    deadline = time.monotonic() + 10
+    while workers():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_row_that_kills_its_worker_fails_as_crashed(cluster: Any, world: World) -> None:
+    world.list_urls("a", world.images(10, captions={4: "kill"}))
+    world.document["steps"]["caption"]["model"] = "tests.standins:captioner@1"
+    world.write()
+    events = carry(planned(world, until="caption"))
+    counts = [event.footer["counts"] for event in events if (event.kind, event.step) == ("done", "caption")]
+    assert sum(count["kept"] for count in counts) == 9
+    assert [count["failed"] for count in counts if count["failed"]] == [{"crashed": 1}]
+    texts = [event.text for event in events if event.kind == "retry"]
+    assert "the worker died, 2 times in this run" in texts
+    assert "the worker died (exit code -9: some library: assertion failed)" in texts
+    assert not list(Path(world.store).rglob("*.wip"))
+
+
+def test_a_part_that_cannot_be_read_is_lost_and_the_others_finish(
+    cluster: Any, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_WAVE", 2)
+    world.list_urls("a", world.images(15))
+    plan = planned(world, until="caption")
+    Path(world.store, plan.job().inputs[1]).write_bytes(b"PAR1 nonsense")
+    events = carry(plan)
+    troubles = [(e.kind, e.step, e.part) for e in events if e.kind != "done"]
+    assert troubles == [("retry", "download", 1)] * 2 + [("lost", "download", 1)]
+    assert all("ArrowInvalid" in event.text for event in events if event.kind == "lost")
+    done = sorted((e.step, e.part) for e in events if e.kind == "done")
+    assert done == [("caption", 0), ("caption", 2), ("download", 0), ("download", 2)]
+
+
+def test_a_model_that_cannot_be_opened_ends_the_run(cluster: Any, world: World) -> None:
+    world.list_urls("a", world.images(5))
+    with pytest.raises(ModelError, match="No module named 'no'"):
+        carry(planned(world, "steps.caption.model=no.such.module:model@1", until="caption"))
+
+
+def test_what_the_listener_raises_ends_the_run_at_once(cluster: Any, world: World) -> None:
+    rows = world.images(15)
+    world.list_urls("a", rows)
+    plan = planned(world, until="download")
+    keys = {part: plan.store.read_table(plan.job().inputs[part], ["url"])["url"].to_pylist() for part in range(3)}
+    for url in [*keys[1], *keys[2]]:
+        path = url.removeprefix(world.server.url)
+        world.server.add(path, lambda peer: time.sleep(60))
+    raised = 0.0
+
+    def listen(event: Event) -> None:
+        nonlocal raised
+        raised = time.monotonic()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.run(plan.job(), plan.todo(), Engine(kind="ray", workers=2), listen)
+    assert time.monotonic() - raised < 6
+    while workers():
+        assert time.monotonic() - raised < 12
+        time.sleep(0.1)
+
+
+def test_another_version_on_a_worker_is_refused(cluster: Any, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.list_urls("a", world.images(5))
+    monkeypatch.setattr(engine, "_version", lambda: "99.1")
+    with pytest.raises(EngineError, match=r"has vesl 0\.\d.*, the driver 99\.1: install the same on both"):
+        carry(planned(world, until="download"))
+    assert not Path(world.store, "download").exists()
+
+
+def test_what_the_machine_does_not_have_is_refused(cluster: Any, world: World) -> None:
+    world.list_urls("a", world.images(5))
+    with pytest.raises(EngineError, match=r"needs 1 GPUs, there are 0"):
+        carry(planned(world), ground=Resources(gpus=1))
+
+
+def test_resources_follow_the_recipe_and_fit_the_cluster() -> None:
+    class Ground:
+        name = "ground"
+
+    step: Any = Ground()
+    has = {"CPU": 64.0, "GPU": 8.0}
+    usual = engine.resources(step, 6, Engine(), has)
+    assert usual == {"num_cpus": 0.16, "num_gpus": 0, "min_size": 1, "max_size": 64}
+    assert usual["num_cpus"] * usual["max_size"] * 6 <= 64
+    half = engine.resources(step, 6, Engine(ground=Resources(gpus=0.5)), has)
+    assert (half["num_gpus"], half["max_size"]) == (0.5, 16)
+    bounds = engine.resources(step, 6, Engine(workers=3, ground=Resources(workers=8, min_workers=2, cpus=4)), has)
+    assert bounds == {"num_cpus": 4, "num_gpus": 0, "min_size": 2, "max_size": 8}
+
+
+def test_outcomes_are_counted_for_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[tuple[int, dict[str, str]]] = []
+
+    class Metric:
+        def inc(self, value: int, tags: dict[str, str]) -> None:
+            counted.append((value, tags))
+
+    monkeypatch.setattr(engine, "_metric", Metric)
+    engine.count({"step": "select", "counts": {"kept": 7, "rejected": {"no_region": 2}, "failed": {"error": 1}}})
+    assert counted == [
+        (7, {"step": "select", "outcome": "kept", "reason": ""}),
+        (2, {"step": "select", "outcome": "rejected", "reason": "no_region"}),
+        (1, {"step": "select", "outcome": "failed", "reason": "error"}),
+    ]
+
+
+def test_without_the_package_the_error_says_what_to_install(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.list_urls("a", world.images(5))
+    plan = planned(world)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(EngineError, match=r"the engine ray needs `pip install 'vesl\[ray\]'`"):
+        carry(plan)
