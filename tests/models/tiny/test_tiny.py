@@ -1,6 +1,5 @@
 """The built-in captioner and grounder on real photographs that the development packages carry."""
 
-import importlib.resources
 import itertools
 import re
 from functools import cache
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import photos
 from vesl.models import tiny
 from vesl.models.contract import Captioner, Detections, Grounder
 from vesl.models.tiny import captioner, regions, scene, vocabulary
@@ -41,9 +41,7 @@ ABSENT = ["a giraffe", "a train", "a pizza", "an umbrella", "a laptop", "an airp
 
 @cache
 def photo(name: str) -> Image.Image:
-    package, _, path = PHOTOS[name].partition("/")
-    with importlib.resources.as_file(importlib.resources.files(package) / path) as file, Image.open(file) as image:
-        return image.convert("RGB")
+    return photos.photo(PHOTOS[name])
 
 
 def beside(*names: str) -> Image.Image:
@@ -175,11 +173,8 @@ def test_captions_say_what_is_there(caption: Captioner, name: str, words: str) -
 
 def test_no_caption_without_evidence(caption: Captioner) -> None:
     """Photographs of nothing that the networks know: grass, coins, stars, a blurred dial, one colour."""
-    data = importlib.resources.files("skimage") / "data"
-    images = [Image.new("RGB", (300, 200), "teal")]
-    for name in ("grass.png", "coins.png", "hubble_deep_field.jpg", "clock_motion.png"):
-        with importlib.resources.as_file(data / name) as file, Image.open(file) as image:
-            images.append(image.convert("RGB"))
+    names = ("grass.png", "coins.png", "hubble_deep_field.jpg", "clock_motion.png")
+    images = [Image.new("RGB", (300, 200), "teal"), *(photos.photo(f"skimage/data/{name}") for name in names)]
     assert caption(images, [""] * 5) == [[]] * 5
 
 
