@@ -26,7 +26,8 @@ def load(path: str) -> Image.Image:
     """Open an installed photograph with its longer side at 512 px."""
     package, _, name = path.partition("/")
     spec = importlib.util.find_spec(package)
-    assert spec and spec.submodule_search_locations
+    assert spec
+    assert spec.submodule_search_locations
     image = Image.open(Path(spec.submodule_search_locations[0]) / name).convert("RGB")
     image.thumbnail((512, 512))
     return image
