@@ -103,14 +103,23 @@ def test_an_unfinished_download_is_not_fetched_again(world: World) -> None:
     assert pq.read_table(table)["outcome"].to_pylist() == ["kept"] * 40
 
 
-def test_interrupted_by_the_keyboard(world: World) -> None:
+def test_interrupted_by_the_keyboard(world: World, tmp_path: Path) -> None:
     world.list_urls("a", world.images(10))
     world.document["steps"]["caption"]["model"] = "tests.standins:captioner@1"
     world.write()
+    asked = tmp_path / "asked.txt"
+    asked.touch()
     process = subprocess.Popen(
-        world.command("run"), cwd=ROOT, env=world.env({"STANDIN_WAIT_S": "1"}), stderr=subprocess.PIPE, text=True
+        world.command("run"),
+        cwd=ROOT,
+        env=world.env({"STANDIN_WAIT_S": "2", "STANDIN_LOG": str(asked)}),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # who runs the tests may ignore it
     )
-    time.sleep(4)
+    while not asked.read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=20)
     assert process.returncode == 130
