@@ -36,5 +36,9 @@ if [ -n "$key" ]; then
   "$vesl" show "$recipe" --image "$out/sheet.jpg" "${sets[@]}" > /dev/null
 fi
 echo
-echo "Shards (WebDataset): $(sed -n 's/^results: //p' "$out/run.txt")"
-echo "Drawn boxes:         $out/sheet.jpg"
+results=$(sed -n 's/^results: //p' "$out/run.txt")
+case $results in
+  */pack/*) echo "Shards (WebDataset): $results" ;;
+  *) echo "Results: $results" ;;
+esac
+[ -z "$key" ] || echo "Drawn boxes:         $out/sheet.jpg"

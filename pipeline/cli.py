@@ -123,7 +123,8 @@ def _show(options: argparse.Namespace, plan: "Plan", console: "Console") -> int:
 
     histories = find(plan, options.keys)
     if not histories:
-        print(f"vesl: no sample has a key like {' '.join(options.keys) or 'any, with regions'}", file=sys.stderr)
+        what = f"sample has a key like {' '.join(options.keys)}" if options.keys else "sample has regions yet"
+        print(f"vesl: no {what}", file=sys.stderr)
         return 2
     if options.keys or not options.image:
         for history in histories:
