@@ -3,7 +3,7 @@
 # Arguments go to `vesl run`, as in: bash deploy/demo.sh --set steps.select.rule.score=0.4
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash deploy/install.sh tiny photos
+bash deploy/install.sh tiny train photos
 out=build/demo
 mkdir -p "$out"
 
@@ -38,7 +38,14 @@ fi
 echo
 results=$(sed -n 's/^results: //p' "$out/run.txt")
 case $results in
-  */pack/*) echo "Shards (WebDataset): $results" ;;
+  */pack/*)
+    "$vesl" train "$recipe" "${sets[@]}" > "$out/train.txt" 2> "$out/train.log" ||
+      { code=$?; cat "$out/train.log" >&2; exit "$code"; }
+    echo "A few steps of CLOC on these shards:"
+    grep '^step' "$out/train.log" || true
+    sed -n 's/^model: /Trained model:       /p' "$out/train.txt"
+    echo "Shards (WebDataset): $results"
+    ;;
   *) echo "Results: $results" ;;
 esac
 [ -z "$key" ] || echo "Drawn boxes:         $out/sheet.jpg"

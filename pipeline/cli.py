@@ -34,6 +34,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--until", choices=STEPS, help="stop after this step")
     add("status", "show how far a run is, from any terminal or machine")
     add("report", "show the funnel with its reasons, and statistics")
+    add("train", "train CLOC on the recipe's shards; running again resumes")
+    evaluation = add("eval", "measure a model on the recipe's evaluation sets")
+    evaluation.add_argument("checkpoint", metavar="CHECKPOINT", help="a model folder or a checkpoint of `vesl train`")
     show = add("show", "show the whole history of samples")
     show.add_argument("keys", nargs="*", metavar="KEY", help="a key or its beginning; none: a few samples with regions")
     show.add_argument("--image", metavar="FILE", help="draw the boxes into this picture file (.jpg or .png)")
@@ -70,11 +73,18 @@ def _run(options: argparse.Namespace) -> int:
     from ..models.contract import ModelError
     from .engines import EngineError
     from .lists import IngestError
-    from .recipe import RecipeError, load
+    from .recipe import RecipeError, load, load_training
     from .run import OverLimitError
     from .store import StoreError
 
     try:
+        if options.command in ("train", "eval"):
+            from . import training
+
+            found = load_training(options.recipe, options.set)
+            if options.command == "train":
+                return training.train(*found)
+            return training.evaluate(*found, options.checkpoint)
         return _command(options, load(options.recipe, options.set))
     except (RecipeError, IngestError, StoreError) as error:
         print(f"vesl: {error}", file=sys.stderr)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from ..models.cloc.options import Train
 from ..models.contract import ModelError
 from .engines import Engine
 from .steps.caption import Caption
@@ -73,7 +74,29 @@ class Recipe:
     limits: Limits = Limits()
     engine: Engine = field(default_factory=Engine)
     storage_options: Mapping[str, Any] = field(default_factory=dict)
+    train: Train = field(default_factory=Train)
     use: Mapping[str, str] = field(default_factory=dict)  # from `steps.<name>.use`
+
+
+@dataclass(frozen=True)
+class Training:
+    """What `vesl train` and `vesl eval` read of a recipe; one that only trains has no more than this."""
+
+    store: str
+    train: Train
+    storage_options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def load_training(path: str, overrides: Sequence[str] = ()) -> tuple[Training, Recipe | None]:
+    """Read a recipe for the trainer; also the whole recipe, where it makes shards itself. Raises RecipeError."""
+    document = _document(path, overrides)
+    if "dataset" in document or "steps" in document:
+        recipe = load(path, overrides)
+        return Training(recipe.store, recipe.train, recipe.storage_options), recipe
+    training = _build(Training, document, path, "")
+    if not training.store:
+        raise RecipeError(f"{path}: store: is empty")
+    return training, None
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -81,9 +104,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises RecipeError.
     """
-    document = _read(Path(path), ())
-    for override in overrides:
-        _override(document, override)
+    document = _document(path, overrides)
     use: dict[str, str] = {}
     steps = document.get("steps")
     for name, options in (steps or {}).items() if isinstance(steps, dict) else ():
@@ -96,6 +117,13 @@ def load(path: str, overrides: Sequence[str] = ()) -> Recipe:
     recipe = _build(Recipe, document, path, "")
     _check(recipe, path)
     return dataclasses.replace(recipe, use=use)
+
+
+def _document(path: str, overrides: Sequence[str]) -> dict[str, Any]:
+    document = _read(Path(path), ())
+    for override in overrides:
+        _override(document, override)
+    return document
 
 
 def _check(recipe: Recipe, path: str) -> None:
@@ -247,6 +275,8 @@ def _convert(hint: Any, value: Any, path: str, where: str) -> Any:
         raise RecipeError(f"{path}: {where}: expected a list, found {value!r}")
     if origin in (dict, Mapping):
         if isinstance(value, dict):
+            if dataclasses.is_dataclass(arguments[1]):
+                return {str(k): _convert(arguments[1], v, path, f"{where}.{k}") for k, v in value.items()}
             return value
         raise RecipeError(f"{path}: {where}: expected a block of keys, found {value!r}")
     return _plain(hint, value, path, where)
