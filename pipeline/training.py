@@ -40,13 +40,15 @@ def train(training: Training, recipe: Recipe | None) -> int:
     except FileNotFoundError:
         raise RecipeError(f"{options.data.shards}: has no index.json; `vesl run` makes the shards") from None
     folder = Path(options.folder or f"{store.root}/train/{fingerprint(options, index)}")
+    sets = _evaluations(training, recipe)
     if _rank() == 0:
+        _check_sets(sets, training)
         print(f"run: {folder}", flush=True)
     try:
         run(
             options,
             folder,
-            evaluations=_evaluations(training, recipe),
+            evaluations=sets,
             storage_options=training.storage_options,
             images=options.data.images or training.store,
             takedown=f"{training.store.rstrip('/')}/takedown",
@@ -62,24 +64,26 @@ def train(training: Training, recipe: Recipe | None) -> int:
 def evaluate(training: Training, recipe: Recipe | None, checkpoint: str) -> int:
     """Measure `checkpoint` on the sets of `train.evaluate`, print a table, and write it beside the model as JSON."""
     _check_installed()
+    _log_to_terminal()
     from ..models.cloc.encoder import Encoder
-    from ..models.cloc.evaluate import SetError, table
     from ..models.cloc.evaluate import evaluate as measure
+    from ..models.cloc.evaluate import table
+    from ..models.cloc.sets import SetError
 
     sets = _evaluations(training, recipe)
     if not sets:
         raise RecipeError("train.evaluate: names no evaluation set")
     encoder = Encoder.open(checkpoint)
-    results: dict[str, Any] = {}
-    try:
-        for name, spec in sets.items():
-            encoder.by = spec.by
-            results |= measure(encoder, {name: spec}, storage_options=training.storage_options)
-    except SetError as error:
-        raise RecipeError(f"train.evaluate: {error}") from None
     path = Path(checkpoint)
     written = path / "eval.json" if path.is_dir() else path.with_suffix(".eval.json")
-    written.write_text(json.dumps(results, indent=1) + "\n")
+    _check_sets(sets, training)
+    results: dict[str, Any] = {}
+    for name, spec in sets.items():
+        try:
+            results |= measure(encoder, {name: spec}, storage_options=training.storage_options)
+        except SetError as error:
+            raise RecipeError(f"train.evaluate: {error}") from None
+        written.write_text(json.dumps(results, indent=1) + "\n")
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table(results))
     console.print(f"results: {written}", highlight=False, soft_wrap=True)
@@ -136,6 +140,17 @@ def _evaluations(training: Training, recipe: Recipe | None) -> Mapping[str, Eval
     return found
 
 
+def _check_sets(sets: Mapping[str, Evaluation], training: Training) -> None:
+    """Say now what is wrong with a set, and not after days of training. Raises RecipeError."""
+    from ..models.cloc.sets import SetError, open_set
+
+    try:
+        for name, spec in sets.items():
+            open_set(name, spec, training.storage_options)
+    except SetError as error:
+        raise RecipeError(f"train.evaluate: {error}") from None
+
+
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
@@ -148,7 +163,10 @@ def _drawing(total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _log_to_terminal() -> None:
+    from transformers.utils.logging import disable_progress_bar
+
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
+    disable_progress_bar()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     if _rank() == 0:
         logging.getLogger("vesl").setLevel(logging.INFO)

@@ -79,7 +79,7 @@ def decode(data: bytes) -> Sample:
             captions=tuple(Caption(text=c["text"], model=c["model"]) for c in document["captions"]),
             regions=tuple(_region(r) for r in document["regions"]),
         )
-    except (KeyError, TypeError, UnicodeDecodeError, RecursionError) as error:
+    except (KeyError, TypeError, OverflowError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"not a region-text sample: {type(error).__name__}: {error}") from None
     _check(sample)
     return sample

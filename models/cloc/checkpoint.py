@@ -6,6 +6,7 @@ damaged it later; then the one before it is taken, and said so.
 
 import logging
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
 def load(path: Path) -> dict[str, Any]:
     """One checkpoint, on the CPU. Only tensors and plain values are read (no pickled code). Raises ModelError."""
     try:
+        with zipfile.ZipFile(path) as parts:
+            if part := parts.testzip():  # torch.load compares no checksums
+                raise zipfile.BadZipFile(part)
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ModelError(f"{path}: there is no such checkpoint") from None

@@ -17,8 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F  # noqa: N812  (its name everywhere)
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..contract import ModelError
 from . import checkpoint
@@ -50,18 +52,20 @@ class Encoder:
         path = Path(folder)
         try:
             model, text = _open_checkpoint(path) if path.suffix == ".pt" else _open_folder(path)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise ModelError(f"{path}: is not a model: {str(error).splitlines()[0]}") from None
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            raise ModelError(f"{path}: is not a model: {(str(error) or repr(error)).splitlines()[0]}") from None
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
         return cls(model, text)
 
     def encode_image(self, images: Sequence[Image.Image]) -> Array:
         """Upright RGB images -> (n, D) float32, unit rows."""
+        if not images:
+            return self._none()
         return self._run(lambda: self.model.image(self._squares(images)[0])[1])
 
     def encode_text(self, texts: Sequence[str]) -> Array:
         """Texts -> (t, D) float32, unit rows."""
-        return self._run(lambda: self.model.text(self._tokens(texts)))
+        return self._run(lambda: self.model.text(self._tokens(texts))) if len(texts) else self._none()
 
     def encode_regions(self, images: Sequence[Image.Image], boxes: Sequence[npt.ArrayLike]) -> list[Array]:
         """Boxes of each image, (r_i, 4) x0, y0, x1, y1 in 0..1 of that image -> (r_i, D) float32, unit rows.
@@ -72,6 +76,8 @@ class Encoder:
         if self.by == "crop":
             return [self.encode_image(_crops(image, box)) for image, box in zip(images, wanted, strict=True)]
         prompter = self._by_roialign if self.by == "roialign" else self._prompter()
+        if not images:
+            return []
         pixels, filled = self._squares(images)
         slots = np.zeros((len(images), max([1, *map(len, wanted)]), 4), np.float32)
         for row, box, part in zip(slots, wanted, filled, strict=True):
@@ -120,6 +126,9 @@ class Encoder:
             raise ModelError("this model is a plain CLIP: it has no Prompter for regions")
         return self.model.prompter
 
+    def _none(self) -> Array:
+        return np.zeros((0, self.model.clip.visual_projection.out_features), np.float32)
+
     def _device(self) -> torch.device:
         device: torch.device = self.model.clip.logit_scale.device
         return device
@@ -159,12 +168,11 @@ def _open_folder(folder: Path) -> tuple[Cloc, Text]:
     words = json.loads((folder / _WORDS).read_text())
     options, objective = Model(**words["model"]), Objective(**words["objective"])
     text = load_text(str(folder))
-    drop_in = options.pool == "class"
-    model = Cloc(dataclasses.replace(options, init=str(folder) if drop_in else None), objective, text)
-    own = load_file(folder / _OWN) if (folder / _OWN).exists() else {}
-    missing, unexpected = model.load_state_dict(own, strict=False)
-    if unexpected or any(not (drop_in and name.startswith("clip.")) for name in missing):
-        raise ValueError(f"{_OWN} and {_WORDS} do not fit each other")
+    model = Cloc(options, objective, text, words["clip"])
+    weights = load_file(folder / _OWN) if (folder / _OWN).exists() else {}
+    if (folder / SAFE_WEIGHTS_NAME).exists():
+        weights |= {f"clip.{name}": value for name, value in load_file(folder / SAFE_WEIGHTS_NAME).items()}
+    model.load_state_dict(weights)
     return model, text
 
 
@@ -172,8 +180,8 @@ def _open_checkpoint(path: Path) -> tuple[Cloc, Text]:
     state = checkpoint.load(path)
     words = json.loads(state["options"])
     learned = path.parent.parent / "tokenizer"
-    text = load_text(str(learned) if learned.is_dir() else words["model"]["tokenizer"])
-    model = Cloc(Model(**words["model"] | {"init": None}), Objective(**words["objective"]), text)
+    text = load_text(str(learned) if learned.is_dir() else Model(**words["model"]).text)
+    model = Cloc(Model(**words["model"]), Objective(**words["objective"]), text, json.loads(state["clip"]))
     model.load_state_dict(state["model"])
     return model, text
 
@@ -188,7 +196,8 @@ def export(model: Cloc, text: Text, options: Model, objective: Objective, folder
         processor = {
             "image_processor_type": "CLIPImageProcessor",
             "do_resize": True,
-            "size": {"longest_edge": options.image_px},
+            "size": {"max_height": model.image_px, "max_width": model.image_px},
+            "resample": int(Image.Resampling.BICUBIC),
             "do_center_crop": False,
             "do_rescale": True,
             "rescale_factor": 1 / 255,
@@ -196,10 +205,16 @@ def export(model: Cloc, text: Text, options: Model, objective: Objective, folder
             "image_mean": list(MEAN),
             "image_std": list(STD),
             "do_convert_rgb": True,
+            "do_pad": True,  # with grey; we pad with black, so square images only come out as in training
+            "pad_size": {"height": model.image_px, "width": model.image_px},
         }
         (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=1))
     if own:
         save_file(own, folder / _OWN)
     text.save(folder)
-    words = {"model": dataclasses.asdict(options), "objective": dataclasses.asdict(objective)}
+    words = {
+        "model": dataclasses.asdict(options),
+        "objective": dataclasses.asdict(objective),
+        "clip": model.clip.config.to_dict(),
+    }
     (folder / _WORDS).write_text(json.dumps(words, indent=1))

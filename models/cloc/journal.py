@@ -30,6 +30,7 @@ class Journal:
             unfinished.write_text("".join(f"{line}\n" for line in kept))
             unfinished.replace(self.path)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        console = console or Console(stderr=True)
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -37,7 +38,8 @@ class Journal:
             TextColumn("{task.fields[numbers]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=console or Console(stderr=True),
+            console=console,
+            disable=not console.is_terminal,
         )
         self.task = self.progress.add_task("train", total=steps, completed=step, numbers="")
 
@@ -64,7 +66,7 @@ class Journal:
         if numbers:
             self.progress.update(self.task, completed=step, numbers=numbers)
             if not self.progress.console.is_terminal:
-                self.progress.console.print(f"step {step}: {numbers}", highlight=False)
+                self.progress.console.print(f"step {step}: {numbers}", highlight=False, soft_wrap=True)
 
 
 class Meter:

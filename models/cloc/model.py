@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  (its name everywhere)
 from transformers import CLIPConfig, CLIPModel
@@ -54,13 +55,15 @@ class Cloc(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, options: Model, objective: Objective, text: Text) -> None:
+    def __init__(self, options: Model, objective: Objective, text: Text, config: dict[str, Any] | None = None) -> None:
         """Random weights, or those of `options.init`; a Prompter only where the objective has regions.
+
+        `config`, that of a CLIP, takes the place of sizes and `init`: weights that fit it will be loaded.
 
         Raises ModelError where the weights are not at hand or do not fit the tokenizer.
         """
         super().__init__()
-        self.clip = _open_clip(options, text)
+        self.clip = CLIPModel(CLIPConfig.from_dict(config)) if config else _open_clip(options, text)
         vision: Any = self.clip.config.vision_config
         text_tower: Any = self.clip.config.text_config
         self.image_px: int = vision.image_size
@@ -112,17 +115,24 @@ class Cloc(nn.Module):
 
 
 def _open_clip(options: Model, text: Text) -> Any:
+    if text.end_id == 2:
+        raise ModelError(
+            "train.model.tokenizer: ends texts in token 2, which CLIP takes for `the highest id`: take another"
+        )
     if options.init:
         name, revision = split_reference(options.init, "train.model.init")
         safe: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}
         try:
             clip: Any = CLIPModel.from_pretrained(name, revision=revision, **safe)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise ModelError(f"train.model.init: {options.init}: {str(error).splitlines()[0]}") from None
         if clip.config.text_config.vocab_size < text.size:
             raise ModelError(
                 f"train.model.init: {options.init} knows fewer tokens than the tokenizer has; take its own"
             )
+        clip.text_model.eos_token_id = clip.config.text_config.eos_token_id = (
+            text.end_id
+        )  # old ones say 2: "the highest"
         return clip
     config = CLIPConfig(
         text_config={

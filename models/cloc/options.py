@@ -4,16 +4,23 @@ Free of torch, so that a recipe is read and checked without it.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from .scenes import Scenes
+
+
+def _positive(options: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{name}: {value} is not a positive number")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """The two CLIP towers (defaults: ViT-B/16) and the Prompter on top of the image tower's tokens."""
 
-    init: str | None = None  # start from a CLIP: a local folder, or org/name@revision
+    init: str | None = None  # start from a CLIP: a local folder, or org/name@revision; the sizes below are then its own
     image_px: int = 224
     patch_px: int = 16
     vision_width: int = 768
@@ -24,11 +31,32 @@ class Model:
     text_heads: int = 8
     embed_dim: int = 512
     context: int = 77  # text tokens at most
-    tokenizer: str = "bpe:8192"  # learned from the shards' texts; or a folder, or org/name@revision (the paper: T5's)
+    tokenizer: str | None = None  # bpe:8192 is learned from the shards; or a folder, or org/name@revision (paper: T5's)
     pool: Literal["class", "attention"] = "class"  # the paper pools by attention; a class token makes a drop-in CLIP
     region: Literal["prompter", "roialign"] = "prompter"  # what turns a box into a feature
     prompt_pool: Literal["prompt", "image"] = "prompt"  # ours: the tokens that the Prompter averages
     positions: bool = True  # ours: the corners' encoding is added to the image tokens at the Prompter's input
+
+    def __post_init__(self) -> None:
+        _positive(self, "image_px", "patch_px", "vision_layers", "text_layers", "embed_dim")
+        _positive(self, "vision_width", "vision_heads", "text_width", "text_heads")
+        if self.context < 2:
+            raise ValueError(f"context: {self.context} tokens are too few for a word and the end token")
+        if self.image_px % self.patch_px:
+            raise ValueError(f"patch_px: {self.patch_px} does not divide image_px, {self.image_px}")
+        for tower, unit in (("vision", 4), ("text", 1)):  # positions take a sine and a cosine of x and of y
+            width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
+            if width % heads or width % unit:
+                multiple = f"{tower}_heads, {heads}" + (", and of 4" if unit > 1 else "")
+                raise ValueError(f"{tower}_width: {width} is no multiple of {multiple}")
+        kind, colon, size = self.text.partition(":")
+        if kind == "bpe" and colon and not (size.isdecimal() and int(size) >= 300):
+            raise ValueError(f"tokenizer: {self.tokenizer!r}: a learned one needs 300 tokens or more, as in bpe:8192")
+
+    @property
+    def text(self) -> str:
+        """The tokenizer that is meant: the one named, else that of the CLIP to start from, else a learned one."""
+        return self.tokenizer or self.init or "bpe:8192"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +70,11 @@ class Objective:
     temperatures: Literal["shared", "own"] = "shared"  # ours: one for both contrasts
     tile: int | None = None  # rows of the logits that are in memory at once; null: all
 
+    def __post_init__(self) -> None:
+        _positive(self, "tile")
+        if self.region_weight < 0:
+            raise ValueError(f"region_weight: {self.region_weight} is negative")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
@@ -53,7 +86,14 @@ class Data:
     regions: int = 4  # M: sampled per image and step
     alt_text: float = 0.0  # ours: how often the alt text takes the caption's place
     shuffle: int = 10_000  # ours: samples that are shuffled together
-    workers: int = 2  # loading processes per rank
+    workers: int = 2  # loading processes per rank; 0: in the training process itself
+
+    def __post_init__(self) -> None:
+        _positive(self, "regions", "shuffle")
+        if self.workers < 0:
+            raise ValueError(f"workers: {self.workers} is negative")
+        if not 0 <= self.alt_text <= 1:
+            raise ValueError(f"alt_text: {self.alt_text} is not a share between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +116,15 @@ class Loop:
     save_steps: int = 1000
     evaluate_steps: int | None = None  # how often `evaluate` is run on the way; null: at the end only
     keep: int = 2  # checkpoints that stay
+
+    def __post_init__(self) -> None:
+        _positive(self, "steps", "batch", "micro_batch", "lr", "clip_norm", "log_steps", "save_steps", "evaluate_steps")
+        _positive(self, "keep")
+        if self.warmup_steps < 0 or self.weight_decay < 0:
+            name = "warmup_steps" if self.warmup_steps < 0 else "weight_decay"
+            raise ValueError(f"{name}: {getattr(self, name)} is negative")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: {list(self.betas)} are not two numbers from 0 to below 1")
 
 
 @dataclass(frozen=True, kw_only=True)

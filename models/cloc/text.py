@@ -30,8 +30,14 @@ class Text:
         self.size = len(tokenizer)
 
     def __call__(self, texts: list[str], context: int) -> np.ndarray:
-        """Lower-cased ids as int64 (texts, longest of them), at most `context` long, each ending in the end token."""
-        found = self.tokenizer([t.lower() for t in texts], truncation=True, max_length=context, padding=False).input_ids
+        """Lower-cased ids as int64 (texts, longest of them), at most `context` long, each ending in the end token.
+
+        The names of special tokens are plain words within a text: strangers' texts do not end where they say so.
+        """
+        if not texts:
+            return np.zeros((0, 1), np.int64)
+        options: dict[str, Any] = {"truncation": True, "max_length": context, "split_special_tokens": True}
+        found = self.tokenizer([t.lower() for t in texts], padding=False, **options).input_ids
         rows = [ids if ids and ids[-1] == self.end_id else [*ids[: context - 1], self.end_id] for ids in found]
         out = np.full((len(rows), max(map(len, rows))), self.pad_id, np.int64)
         for row, ids in zip(out, rows, strict=True):

@@ -15,6 +15,7 @@ import os
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,11 +27,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..contract import ModelError
 from . import checkpoint
-from .data import Batch, Loader
+from .data import Batch
 from .encoder import Encoder, export
 from .evaluate import evaluate
 from .gradients import backward, split
 from .journal import Journal, Meter
+from .loader import Loader
 from .model import Cloc, Features
 from .objective import cloc_loss
 from .options import Evaluation, Loop, Train
@@ -103,7 +105,7 @@ class Run:
         """Wire model, optimiser and loader, and put `state` into them. Raises ModelError where it does not fit."""
         loop = options.loop
         self.options, self.folder, self.model, self.text = options, folder, model, text
-        self.rank, self.world, self.device = rank, world, device
+        self.rank, self.world, self.device, self.places = rank, world, device, places
         self.step, self.skipped, self.bad_in_a_row = 0, 0, 0
         decayed = [p for p in model.parameters() if p.ndim > 1]  # ours, as CLIP's code: no gains, biases or scales
         others = [p for p in model.parameters() if p.ndim <= 1]
@@ -150,10 +152,12 @@ class Run:
                     self.save()
                 if stop and not done:
                     raise StoppedError(f"stopped after step {self.step} of {loop.steps}; run again to go on")
+                if done and self.rank == 0:
+                    self._export()
                 if evaluations and (done or (loop.evaluate_steps and self.step % loop.evaluate_steps == 0)):
                     last |= self._evaluate(evaluations, journal)
-        if self.rank == 0:
-            export(self.model, self.text, self.options.model, self.options.objective, self.folder / "model")
+        if self.rank == 0 and not (self.folder / "model/cloc.json").exists():  # it was killed before it wrote that
+            self._export()
         return last
 
     def _step(self, batch: Batch, meter: "Meter") -> dict[str, Tensor]:
@@ -206,15 +210,19 @@ class Run:
         dist.all_reduce(flag)
         return bool(flag)
 
+    def _export(self) -> None:
+        export(self.model, self.text, self.options.model, self.options.objective, self.folder / "model")
+
     def _evaluate(self, evaluations: Mapping[str, Evaluation], journal: Journal | None) -> dict[str, float]:
-        if self.rank == 0:
-            results = evaluate(Encoder(self.model, self.text, self.options.loop.precision), evaluations)
+        values: dict[str, float] = {}
+        if journal:  # rank 0; the others wait
+            encoder = Encoder(self.model, self.text, self.options.loop.precision)
+            results = evaluate(encoder, evaluations, storage_options=self.places.get("storage_options"))
             values = {f"{name}/{k}": m["value"] for name, r in results.items() for k, m in r["metrics"].items()}
-            if journal:
-                journal.write(self.step, values, "  ".join(f"{k} {v:.3f}" for k, v in values.items()))
+            journal.write(self.step, values, "  ".join(f"{k} {v:.3f}" for k, v in values.items()))
         if self.world > 1:
             dist.barrier()
-        return values if self.rank == 0 else {}
+        return values
 
     def save(self) -> None:
         """Write a checkpoint; every rank gives its place in the data."""
@@ -228,6 +236,7 @@ class Run:
             "step": self.step,
             "skipped": self.skipped,
             "model": self.model.state_dict(),
+            "clip": json.dumps(self.model.clip.config.to_dict()),
             "optimizer": self.optimizer.state_dict(),
             "loader": loaders,
             "world": self.world,
@@ -267,7 +276,7 @@ def _ranks() -> Iterator[tuple[int, int, torch.device]]:
         torch.cuda.set_device(device)
     mine = world > 1 and not dist.is_initialized()
     if mine:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))  # an evaluation is waited for
     try:
         yield rank, world, device
     finally:
@@ -304,7 +313,7 @@ def _check(options: Train, world: int) -> None:
 
 def _text(options: Train, folder: Path, rank: int, storage_options: Mapping[str, Any] | None) -> Text:
     """The run's tokenizer; one that is learned is learned by rank 0, once, and stays in the run's folder."""
-    reference = options.model.tokenizer
+    reference = options.model.text
     kind, _, size = reference.partition(":")
     if kind != "bpe":
         return load_text(reference)
