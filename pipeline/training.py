@@ -107,7 +107,7 @@ def _data(training: Training, recipe: Recipe | None) -> Data:
 
 def _scenes(training: Training) -> str:
     """Draw the recipe's scenes where they are not there yet; the other ranks wait for the first."""
-    from ..models.cloc.scenes import generate
+    from ..models.cloc.scene_shards import generate
 
     options, store = training.train.scenes, Store(training.store, training.storage_options)
     assert options is not None

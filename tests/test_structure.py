@@ -80,7 +80,11 @@ def test_constraints_name_every_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [
         *project["dependencies"],
-        *(d for extra in ("s3", "tiny", "train", "ray", "beam", "dev") for d in project["optional-dependencies"][extra]),
+        *(
+            d
+            for extra in ("s3", "tiny", "train", "ray", "beam", "dev")
+            for d in project["optional-dependencies"][extra]
+        ),
     ]
     pinned = {line.split("==")[0].lower() for line in (ROOT / "deploy/constraints.txt").read_text().splitlines()}
     for dependency in wanted:

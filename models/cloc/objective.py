@@ -50,8 +50,10 @@ def cloc_loss(found: Features, batch: Batch, options: Objective, step: int) -> t
     weight = options.region_weight * counts[1] / (len(found.image) * world)
     logs = {"image_text": image_text, "region_text": region_text, "masked_share": masked}
     total = image_text + weight * region_text
-    if options.grounding != "none":
-        assert found.box is not None
+    assert found.box is not None
+    if options.grounding == "none":
+        total = total + found.box.sum()  # of no box; a gradient of 0 for what makes them, which other ranks wait for
+    else:
         grounding = grounding_loss(found.box, batch.boxes, batch.valid, options.grounding, count=counts[0] / world)
         total = total + weight * grounding
         logs["grounding"] = grounding

@@ -50,7 +50,7 @@ class Model:
                 multiple = f"{tower}_heads, {heads}" + (", and of 4" if unit > 1 else "")
                 raise ValueError(f"{tower}_width: {width} is no multiple of {multiple}")
         kind, colon, size = self.text.partition(":")
-        if kind == "bpe" and colon and not (size.isdecimal() and int(size) >= 300):
+        if kind == "bpe" and not (colon and size.isdecimal() and int(size) >= 300):
             raise ValueError(f"tokenizer: {self.tokenizer!r}: a learned one needs 300 tokens or more, as in bpe:8192")
 
     @property
@@ -123,6 +123,8 @@ class Loop:
         if self.warmup_steps < 0 or self.weight_decay < 0:
             name = "warmup_steps" if self.warmup_steps < 0 else "weight_decay"
             raise ValueError(f"{name}: {getattr(self, name)} is negative")
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed: {self.seed} is not from 0 to below 2**63")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: {list(self.betas)} are not two numbers from 0 to below 1")
 

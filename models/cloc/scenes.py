@@ -5,36 +5,27 @@ What an object is called has 128 classes, texture x colour x shape; the training
 Every scene depends on the options and its number alone, so any number of processes write the same bytes.
 """
 
-import fcntl
 import hashlib
 import io
-import json
-import os
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from ...transforms.records import Caption, Region, Sample
-from ...transforms.shards import add_member, encode, end_tar
 
 Split = Literal["train", "test"]
 Box = tuple[float, float, float, float]
+Span = tuple[int, int]
 
-_VERSION = 1  # of the world: another one means other bytes for the same options
+VERSION = 1  # of the world: another one means other bytes for the same options
 _FINE = 4  # masks are drawn this much larger, for smooth edges and boxes of quarter pixels
 _LEAST_VISIBLE = 0.6  # of an object's area
 _SIDE = (0.25, 0.55)  # of an object, as a share of the image's side
 _SMALL, _LARGE = 0.35, 0.45  # below and above which an object may be called so
-_NOISE = ("missing", "duplicated", "shifted", "wrong_phrase", "caption_noise")
+NOISE = ("missing", "duplicated", "shifted", "wrong_phrase", "caption_noise")
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 28, 34),
@@ -82,6 +73,9 @@ def phrase_classes() -> tuple[str, ...]:
     return tuple(f"{t}{colour} {shape}" for t in ("", "striped ") for colour in COLOURS for shape in SHAPES)
 
 
+_CLASSES = phrase_classes()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scenes:
     """The size of the world, and the noise of its training part as probabilities.
@@ -94,7 +88,7 @@ class Scenes:
     image_px: int = 64
     objects: tuple[int, int] = (2, 4)  # the fewest and the most of a scene
     seed: int = 0
-    samples_per_shard: int = 5_000
+    samples_per_shard: int = 2_000
     missing: float = 0.1  # a region is left out
     duplicated: float = 0.05  # a region comes twice, the second one slightly moved
     shifted: float = 0.1  # a region's box is off by up to a quarter of its sides
@@ -107,7 +101,7 @@ class Scenes:
                 raise ValueError(f"{name}: {getattr(self, name)} is less than {least}")
         if len(self.objects) != 2 or not 1 <= self.objects[0] <= self.objects[1] <= 8:
             raise ValueError(f"objects: {self.objects} is not a least and a most of 1 to 8")
-        for name in _NOISE:
+        for name in NOISE:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: {getattr(self, name)} is not a probability")
 
@@ -157,10 +151,9 @@ def _attempt(rng: np.random.Generator, px: int, count: int, shrink: float, disti
         name = _pick(rng, _CLASSES)
         if not (distinct and name in classes):
             classes.append(name)
-    masks: list[np.ndarray] = []  # of whole objects
-    seen: list[np.ndarray] = []  # of what is visible of them
-    areas: list[float] = []
-    placed: list[tuple[Box, str]] = []
+    things: list[Thing] = []
+    seen: list[np.ndarray] = []  # of each its mask, less what lies on top
+    areas: list[float] = []  # of each, with what is outside the image
     for name in classes:
         for _ in range(12):
             side = shrink * (_SIDE[0] + (_SIDE[1] - _SIDE[0]) * rng.random())
@@ -175,14 +168,12 @@ def _attempt(rng: np.random.Generator, px: int, count: int, shrink: float, disti
         colour = _paint(rng, name, side * px, px)
         canvas += mask[..., None] * (colour - canvas)
         seen = [*left, mask]
-        masks.append(mask)
         areas.append(area)
-        placed.append((box, "small" if side < _SMALL else "large" if side > _LARGE else ""))
-    things = tuple(
-        Thing(name, box, size, mask, float(part.sum() / area))
-        for name, (box, size), mask, part, area in zip(classes, placed, masks, seen, areas, strict=True)
-    )
-    return Scene(np.clip(canvas + 0.5, 0, 255).astype(np.uint8), things)
+        size = "small" if side < _SMALL else "large" if side > _LARGE else ""
+        things.append(Thing(name, box, size, mask, visible=1))
+    shares = [float(part.sum() / area) for part, area in zip(seen, areas, strict=True)]
+    shown = tuple(replace(thing, visible=share) for thing, share in zip(things, shares, strict=True))
+    return Scene(np.clip(canvas + 0.5, 0, 255).astype(np.uint8), shown)
 
 
 def _background(rng: np.random.Generator, px: int) -> np.ndarray:
@@ -191,8 +182,7 @@ def _background(rng: np.random.Generator, px: int) -> np.ndarray:
     def tone() -> np.ndarray:
         return (110 + 120 * rng.random() + 26 * (rng.random(3) - 0.5)).astype(np.float32)
 
-    kind = _below(rng, 3)
-    if kind == 0:
+    if _below(rng, 3) == 0:
         canvas = np.broadcast_to(tone(), (px, px, 3)).copy()
     else:
         x, y = _along(rng, px)
@@ -251,22 +241,14 @@ def _paint(rng: np.random.Generator, name: str, side: float, px: int) -> np.ndar
     return striped
 
 
-_CLASSES = phrase_classes()
 _OPENINGS = ("", "", "there is ", "a picture of ", "an image with ", "we see ", "here you find ", "a drawing with ")
 _NEAR = ("next to", "near", "beside", "close to")
 _JUNK = ("", "image", "untitled", "click to enlarge", "photo 3 of 12", "shapes", "free download")
 
 
-@dataclass(frozen=True)
-class _Told:
-    """What a caption says: its text, and for each object the span of its phrase (None where it is left out)."""
-
-    text: str
-    spans: tuple[tuple[int, int] | None, ...]
-
-
-def _tell(rng: np.random.Generator, things: Sequence[Thing], noise: float, bare: bool) -> _Told:
-    """Name the objects in random order, in one or two sentences whose relations are true.
+def _tell(rng: np.random.Generator, things: Sequence[Thing], noise: float, bare: bool) -> tuple[str, list[Span | None]]:
+    """Name the objects in random order, in one or two sentences whose relations are true: the caption, and the span of
+    each object's phrase (None where it is left out).
 
     `noise` is the probability that one object is left out or misnamed; with `bare`, phrases are class names only.
     """
@@ -279,7 +261,7 @@ def _tell(rng: np.random.Generator, things: Sequence[Thing], noise: float, bare:
             wrong = _below(rng, len(names))
             names[wrong] = _misname(rng, names[wrong], names)
     text = _pick(rng, _OPENINGS)
-    spans: list[tuple[int, int] | None] = [None] * len(things)
+    spans: list[Span | None] = [None] * len(things)
 
     def mention(i: int) -> None:
         nonlocal text
@@ -303,7 +285,7 @@ def _tell(rng: np.random.Generator, things: Sequence[Thing], noise: float, bare:
         mention(i)
     if rng.random() < 0.5:
         text = text[0].upper() + text[1:].replace(". t", ". T") + "."
-    return _Told(text, tuple(spans))
+    return text, spans
 
 
 def _misname(rng: np.random.Generator, name: str, taken: Sequence[str]) -> str:
@@ -330,10 +312,11 @@ def _moved(rng: np.random.Generator, box: Box, by: float) -> Box:
     return (a, b, c, d)
 
 
-def _regions(rng: np.random.Generator, things: Sequence[Thing], told: _Told, o: Scenes | None) -> tuple[Region, ...]:
+def _regions(
+    rng: np.random.Generator, named: Sequence[tuple[Thing, Span]], text: str, o: Scenes | None
+) -> tuple[Region, ...]:
     """The objects that the caption names, as a pipeline would find them; exact where there are no options `o`."""
     found: list[Region] = []
-    named = [(thing, span) for thing, span in zip(things, told.spans, strict=True) if span]
     for i, (thing, span) in enumerate(named):
         box, score = thing.box, 0.35 + 0.5 * thing.visible + 0.1 * rng.random()
         twice = False
@@ -347,7 +330,7 @@ def _regions(rng: np.random.Generator, things: Sequence[Thing], told: _Told, o: 
                 box, score = _moved(rng, box, 0.25), score - 0.15
             if wrong and len(named) > 1:
                 span, score = named[(i + 1 + _below(rng, len(named) - 1)) % len(named)][1], score - 0.2
-        phrase = told.text[slice(*span)]
+        phrase = text[slice(*span)]
         found.append(Region(box, phrase, round(score, 4), 0, span))
         if twice:
             found.append(Region(_moved(rng, box, 0.06), phrase, round(score - 0.05, 4), 0, span))
@@ -366,8 +349,9 @@ def sample(options: Scenes, split: Split, number: int) -> tuple[bytes, Sample]:
     rng = np.random.default_rng((options.seed, ("train", "test").index(split), number))
     clean = split == "test"
     scene = draw(rng, options, distinct=clean)
-    told = _tell(rng, scene.things, 0 if clean else options.caption_noise, clean)
-    regions = _regions(rng, scene.things, told, None if clean else options)
+    text, spans = _tell(rng, scene.things, 0 if clean else options.caption_noise, clean)
+    named = [(thing, span) for thing, span in zip(scene.things, spans, strict=True) if span]
+    regions = _regions(rng, named, text, None if clean else options)
     buffer = io.BytesIO()
     Image.fromarray(scene.image).save(buffer, "JPEG", quality=92, subsampling=0)
     jpeg = buffer.getvalue()
@@ -379,167 +363,7 @@ def sample(options: Scenes, split: Split, number: int) -> tuple[bytes, Sample]:
         width=options.image_px,
         height=options.image_px,
         alt_text=_alt_text(rng, scene.things),
-        captions=(Caption(told.text, f"scenes@{_VERSION}"),),
+        captions=(Caption(text, f"scenes@{VERSION}"),),
         regions=regions,
         select="",
     )
-
-
-def described(options: Scenes, split: Split) -> dict[str, Any]:
-    """What decides the bytes of a part, as its index says it."""
-    other = {"train": {"test"}, "test": {"train", *_NOISE}}[split]
-    kept = {name: value for name, value in asdict(options).items() if name not in other}
-    return {"scenes": {"version": _VERSION, "split": split, **kept, "objects": list(options.objects)}}
-
-
-def generate(
-    folder: str | Path, options: Scenes, progress: Callable[[int], None] | None = None, workers: int = 2
-) -> Path:
-    """Write what is missing of `folder`/train and `folder`/test: shards and `index.json`, as the pack step does.
-
-    The folder is a local one. Shards that a stopped generation finished are kept; what other options made is replaced.
-    `progress` is told how many scenes were drawn anew since it was last told. Raises ValueError where the folder is no
-    local one or holds shards of something else, RuntimeError where a process that drew a shard failed.
-    """
-    name = str(folder).removeprefix("file://")
-    if ":/" in name:  # as a Path, s3://bucket is s3:/bucket
-        raise ValueError(f"{folder}: scenes are written to a local folder")
-    root = Path(name)
-    for split in get_args(Split):
-        (root / split).mkdir(parents=True, exist_ok=True)
-        lock = os.open(root / split, os.O_RDONLY)  # the folder itself is the lock, so a kill leaves none behind
-        try:
-            with suppress(OSError):  # some network file systems lock no folders
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            _Part(root / split, options, split, progress).fill(workers)
-        finally:
-            os.close(lock)
-    return root
-
-
-class _Part:
-    """One folder of shards; its index lists what is finished, and nothing else counts."""
-
-    def __init__(self, folder: Path, options: Scenes, split: Split, progress: Callable[[int], None] | None) -> None:
-        self._folder, self._options, self._split = folder, options, split
-        self._progress, self._lock = progress or (lambda count: None), threading.Lock()
-        self._total: int = getattr(options, split)
-        self._done: dict[str, dict[str, Any]] = {}
-
-    def fill(self, workers: int) -> None:
-        """Do what is missing, with a process per shard and `workers` of them at a time."""
-        if self._read_index():
-            return
-        self._write_index()
-        for path in self._folder.glob("shard-*"):
-            if path.name not in self._done:
-                path.unlink()
-        shards = range(-(-self._total // self._options.samples_per_shard))
-        todo = [number for number in shards if shard_name(number) not in self._done]
-        workers = max(1, min(workers, len(todo)))
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(self._make_here if workers == 1 else self._make, todo))
-        self._write_index(complete=True)
-
-    def _read_index(self) -> bool:
-        """Take over what the index says is finished and is there; True if that is everything."""
-        path = self._folder / "index.json"
-        try:
-            index = json.loads(path.read_bytes())
-            shards, _ = index["shards"], index["recipe"]["scenes"]
-            if index["recipe"] != described(self._options, self._split):
-                return False
-            self._done = {shard["name"]: shard for shard in shards if self._is_there(shard)}
-            return bool(index["complete"]) and len(self._done) == len(shards)
-        except FileNotFoundError:
-            if any(self._folder.glob("shard-*")):
-                raise ValueError(f"{self._folder} holds shards without an index: not ours to replace") from None
-            return False
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path} is not of generated scenes: not ours to replace") from None
-
-    def _is_there(self, shard: dict[str, Any]) -> bool:
-        path = self._folder / shard["name"]
-        return path.exists() and bool(path.stat().st_size == shard["bytes"])
-
-    def _write_index(self, complete: bool = False) -> None:
-        shards = [shard for _, shard in sorted(self._done.items())]
-        document = {
-            "complete": complete,
-            "samples": sum(shard["samples"] for shard in shards),
-            "regions": sum(shard["regions"] for shard in shards),
-            "shards": shards,
-            "recipe": described(self._options, self._split),
-            "chain": [],
-        }
-        data = (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()
-        fresh = self._folder / "index.json.tmp"
-        fresh.write_bytes(data)
-        fresh.replace(self._folder / "index.json")
-
-    def _tell(self, count: int) -> None:
-        with self._lock:
-            self._progress(count)
-
-    def _take(self, shard: dict[str, Any]) -> None:
-        with self._lock:
-            self._done[shard["name"]] = shard
-            self._write_index()
-
-    def _make_here(self, number: int) -> None:
-        self._take(write_shard(self._folder, self._options, self._split, number, self._tell))
-
-    def _make(self, number: int) -> None:
-        """Let a process of its own write a shard: started anew, it has nothing of this one's threads and locks."""
-        task = json.dumps([str(self._folder), asdict(self._options), self._split, number])
-        command = [sys.executable, "-c", f"from {__name__} import serve; serve()", task]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603  (our own command)
-            assert process.stdout is not None
-            for line in process.stdout:
-                said = json.loads(line)
-                if isinstance(said, int):
-                    self._tell(said)
-                else:
-                    self._take(said)
-        if process.returncode:
-            raise RuntimeError(f"the process that drew {shard_name(number)} ended with {process.returncode}")
-
-
-def shard_name(number: int) -> str:
-    """As the pack step names them."""
-    return f"shard-{number:05d}-000.tar"
-
-
-def serve() -> None:
-    """Write the shard that the first argument names; say on stdout how it goes. It ends when nobody listens."""
-    folder, fields, split, number = json.loads(sys.argv[1])
-    options = Scenes(**{**fields, "objects": tuple(fields["objects"])})
-    try:
-        shard = write_shard(Path(folder), options, split, number, lambda count: print(count, flush=True))
-        print(json.dumps(shard), flush=True)
-    except (BrokenPipeError, KeyboardInterrupt):
-        os._exit(1)  # at once and without a word: the one who would read it is gone, or was stopped too
-
-
-def write_shard(
-    folder: Path, options: Scenes, split: Split, number: int, progress: Callable[[int], None]
-) -> dict[str, Any]:
-    """Write one shard, and return what an index says of it."""
-    first = number * options.samples_per_shard
-    last = min(first + options.samples_per_shard, getattr(options, split))
-    name, regions = shard_name(number), 0
-    unfinished = folder / f"{name}.{os.getpid()}.tmp"  # nobody else's, not even of an orphan of a killed generation
-    with unfinished.open("w+b") as tar:
-        for i in range(first, last):
-            jpeg, facts = sample(options, split, i)
-            add_member(tar, f"{facts.key}.jpg", jpeg)
-            add_member(tar, f"{facts.key}.json", encode(facts))
-            regions += len(facts.regions)
-            if (i - first + 1) % 200 == 0 or i == last - 1:
-                progress((i - first) % 200 + 1)
-        end_tar(tar)
-        size = tar.tell()
-        tar.seek(0)
-        digest = hashlib.file_digest(tar, "sha256").hexdigest()
-    unfinished.replace(folder / name)
-    return {"name": name, "samples": last - first, "regions": regions, "bytes": size, "sha256": digest}

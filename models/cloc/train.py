@@ -125,9 +125,8 @@ class Run:
             model.clip.text_model.compile()
         self.network: nn.Module = model
         if world > 1:
-            partly = options.model.region == "roialign" or not model.grounds
             devices = [device] if device.type == "cuda" else None
-            self.network = DistributedDataParallel(model, device_ids=devices, find_unused_parameters=partly)
+            self.network = DistributedDataParallel(model, device_ids=devices)
 
     def loop(self, evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
         """Run to the last step; save on the way, at the end, and when asked to stop."""
@@ -230,8 +229,12 @@ class Run:
         if self.world > 1:
             loaders = [None] * self.world
             dist.all_gather_object(loaders, self.loader.state())
-        if self.rank:
-            return
+        if self.rank == 0:
+            self._write(loaders)
+        if self.world > 1:  # nor may a rank end at once: gloo's thread needs the GIL to let go of what was gathered,
+            dist.barrier()  # and would not get it from the destructor that waits for that thread
+
+    def _write(self, loaders: list[Any]) -> None:
         state = {
             "step": self.step,
             "skipped": self.skipped,

@@ -1,8 +1,8 @@
-"""A finished model: what is exported is a CLIP that transformers opens, and `Encoder` answers as the model in memory."""
+"""A finished model: its export is a CLIP that transformers opens, and `Encoder` answers as the model in memory."""
 
 import dataclasses
 import json
-import warnings
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from tests.models.cloc.test_model import TEXTS, TINY, tiny, words
 from vesl.models.cloc import checkpoint
 from vesl.models.cloc.encoder import Encoder, export
+from vesl.models.cloc.model import Cloc
 from vesl.models.cloc.options import Model, Objective
 from vesl.models.contract import ModelError
 
@@ -110,8 +111,8 @@ def test_a_folder_and_a_checkpoint_answer_as_the_model(objective: Objective, cha
         for p in found.model.parameters():
             p += 0.01  # a checkpoint has other weights, so that none is taken for the other
     options = {"model": dataclasses.asdict(dataclasses.replace(TINY, **changes)), "objective": vars(objective)}
-    state = {"model": found.model.state_dict(), "options": json.dumps(options)}
-    state["clip"] = json.dumps(found.model.clip.config.to_dict())
+    config = found.model.clip.config.to_json_string(use_diff=False)
+    state = {"model": found.model.state_dict(), "options": json.dumps(options), "clip": config}
     path = checkpoint.save(tmp_path / "checkpoints", 3, state, 1)
     words().save(tmp_path / "tokenizer")
     assert_alike(answers(Encoder.open(path, "cpu")), answers(found))
@@ -140,7 +141,10 @@ def test_boxes_are_those_of_the_image_not_of_the_square(by: str) -> None:
         square = Image.new("RGB", (32, 32))
         square.paste(image)
         boxes = np.array(BOXES, np.float32)
-        (ours,), (theirs,) = found.encode_regions([image], [BOXES]), found.encode_regions([square], [boxes * (part * 2)])
+        (ours,), (theirs,) = (
+            found.encode_regions([image], [BOXES]),
+            found.encode_regions([square], [boxes * (part * 2)]),
+        )
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
         assert np.abs(ours - found.encode_regions([square], [boxes])[0]).max() > 1e-3
         (ours,), (theirs,) = found.ground([image], [TEXTS]), found.ground([square], [TEXTS])
@@ -240,8 +244,7 @@ def test_a_damaged_folder_is_one_line(folder: Path, tmp_path: Path, damage: str)
         (tmp_path / file.name).write_bytes(file.read_bytes())
     assert_alike(answers(Encoder.open(tmp_path))[:1], [encoder().encode_image(PICTURES)])
     DAMAGE[damage](tmp_path)
-    with warnings.catch_warnings(), pytest.raises(ModelError) as caught:
-        warnings.simplefilter("ignore")
+    with pytest.raises(ModelError) as caught:
         Encoder.open(tmp_path)
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -253,7 +256,9 @@ def test_no_model_at_all(tmp_path: Path) -> None:
             Encoder.open(tmp_path / name)
         assert str(tmp_path) in str(caught.value)
     path = tmp_path / "step-1.pt"
-    state = {"model": {}, "options": json.dumps({"model": vars(TINY), "objective": vars(Objective())})}
+    config = tiny().clip.config.to_json_string(use_diff=False)
+    options = json.dumps({"model": vars(TINY), "objective": vars(Objective())})
+    state = {"model": {}, "options": options, "clip": config}
     for content in ({}, {"options": "{"}, {"options": "{}"}, state):
         torch.save(content, path)
         with pytest.raises(ModelError) as caught:
@@ -266,5 +271,30 @@ def test_an_export_of_a_model_that_began_as_another(folder: Path, tmp_path: Path
     options = Model(init=str(folder), tokenizer=str(folder))
     began = Encoder(tiny(init=str(folder)), words())
     export(began.model, began.text, options, Objective(), tmp_path)
-    assert json.loads((tmp_path / "preprocessor_config.json").read_text())["size"] == {"max_height": 32, "max_width": 32}
+    assert json.loads((tmp_path / "preprocessor_config.json").read_text())["size"] == {
+        "max_height": 32,
+        "max_width": 32,
+    }
     assert_alike(answers(Encoder.open(tmp_path)), answers(began))
+
+
+@pytest.mark.parametrize("pool", ["class", "attention"])
+def test_what_began_as_another_needs_it_no_more(tmp_path: Path, pool: str) -> None:
+    """Sizes and activations are the other's; the options, at their defaults, know nothing of them."""
+    theirs = tiny(seed=3)
+    theirs.clip.config.vision_config.hidden_act = theirs.clip.config.text_config.hidden_act = "quick_gelu"
+    theirs.clip.save_pretrained(tmp_path / "theirs")
+    options = Model(init=str(tmp_path / "theirs"), pool=pool)  # type: ignore[arg-type]
+    began = Encoder(Cloc(options, Objective(), words()), words())
+    found = answers(began)
+    export(began.model, began.text, options, Objective(), tmp_path / "model")
+    state = {
+        "model": began.model.state_dict(),
+        "options": json.dumps({"model": vars(options), "objective": vars(Objective())}),
+        "clip": began.model.clip.config.to_json_string(use_diff=False),
+    }
+    path = checkpoint.save(tmp_path / "checkpoints", 1, state, 1)
+    words().save(tmp_path / "tokenizer")
+    shutil.rmtree(tmp_path / "theirs")
+    assert_alike(answers(Encoder.open(path, "cpu")), found)
+    assert_alike(answers(Encoder.open(tmp_path / "model", "cpu")), found)

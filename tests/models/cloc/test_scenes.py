@@ -11,19 +11,22 @@ import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import webdataset
 from PIL import Image
 
 from vesl.models.cloc import scenes
-from vesl.models.cloc.scenes import COLOURS, Scenes, described, draw, generate, phrase_classes, sample
+from vesl.models.cloc.scene_shards import described, generate
+from vesl.models.cloc.scenes import COLOURS, Scenes, draw, phrase_classes, sample
 from vesl.transforms.records import Sample
-from vesl.transforms.shards import decode
+from vesl.transforms.shards import decode, encode
 
 SMALL = Scenes(train=230, test=40, samples_per_shard=100)
 QUIET = Scenes(missing=0, duplicated=0, shifted=0, wrong_phrase=0, caption_noise=0)
@@ -70,26 +73,48 @@ def test_classes_are_texture_colour_and_shape() -> None:
     assert CLASSES[-1] == "striped pink moon"
 
 
+@pytest.mark.parametrize(
+    ("options", "split", "golden"),
+    [
+        (Scenes(), "train", "1366fbb5ed9016476fb8a9e3"),
+        (Scenes(), "test", "9c46c590726ee31dd969db71"),
+        (Scenes(seed=3, image_px=96, objects=(1, 6)), "train", "97a7d8fea7127b1ff7dc9b39"),
+    ],
+)
+def test_the_bytes_stay_as_they_are(options: Scenes, split: scenes.Split, golden: str) -> None:
+    """Where this fails, the world is another one: a mistake, or `VERSION` goes up."""
+    digest = hashlib.sha256()
+    for number in range(40):
+        image, facts = sample(options, split, number)
+        digest.update(image + encode(facts))
+    assert (scenes.VERSION, digest.hexdigest()[:24]) == (1, golden)
+
+
 def test_any_number_of_processes_writes_the_same_bytes(world: Path, tmp_path: Path) -> None:
     told: list[int] = []
-    assert generate(f"file://{tmp_path}/again", SMALL, told.append, workers=3) == tmp_path / "again"
+    assert generate(tmp_path / "again", SMALL, told.append, workers=3) == tmp_path / "again"
     assert contents(tmp_path / "again") == contents(world)
-    assert sum(told) == SMALL.train + SMALL.test
+    assert told == [100, 100, 30, 40]
 
 
-def test_a_finished_world_is_left_alone_and_a_changed_one_made_anew(world: Path, tmp_path: Path) -> None:
+def test_two_generations_may_fill_one_folder(world: Path, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda _: generate(tmp_path, SMALL, workers=1), range(2))) == [tmp_path] * 2
+    assert contents(tmp_path) == contents(world)
+
+
+def test_a_finished_world_is_left_alone(tmp_path: Path) -> None:
     options = replace(SMALL, train=30, test=10, samples_per_shard=10)
     generate(tmp_path, options, workers=1)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
     told: list[int] = []
     generate(tmp_path, options, told.append)
     assert not told
+    for other in (replace(options, train=20), replace(options, test=20), replace(options, shifted=0.9)):
+        with pytest.raises(ValueError, match="name another folder"):
+            generate(tmp_path, other, told.append)
+    assert not told
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")} == before
-    generate(tmp_path, replace(options, train=20, shifted=0.9), told.append, workers=1)
-    assert sum(told) == 20  # the test part has no noise: it stays
-    assert sorted(path.name for path in (tmp_path / "train").iterdir()) == [
-        "index.json", "shard-00000-000.tar", "shard-00001-000.tar",
-    ]  # fmt: skip
 
 
 def test_the_index_says_what_the_pack_step_would_say(world: Path) -> None:
@@ -300,52 +325,61 @@ def test_impossible_options_are_refused(wrong: dict[str, Any]) -> None:
 
 
 def test_folders_of_others_are_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "a/train").mkdir(parents=True)
-    (tmp_path / "a/train/shard-00000-000.tar").write_bytes(b"precious")
-    with pytest.raises(ValueError, match="without an index"):
-        generate(tmp_path / "a", SMALL)
-    for text in ('{"complete": true, "shards": [], "recipe": {"dataset": {}}}', "[]", "{", '{"recipe": null}'):
-        (tmp_path / "a/train/index.json").write_text(text)
-        with pytest.raises(ValueError, match="not of generated scenes"):
-            generate(tmp_path / "a", SMALL)
-    assert (tmp_path / "a/train/shard-00000-000.tar").read_bytes() == b"precious"
-    with pytest.raises(ValueError, match="local folder"):
-        generate("s3://bucket/scenes", SMALL)
+    shard, index = tmp_path / "test/shard-00000-000.tar", tmp_path / "test/index.json"
+    shard.parent.mkdir()
+    shard.write_bytes(b"precious")
+    for text in ("", '{"complete": true, "shards": [], "recipe": {"dataset": {}}}', "[]", "{", '{"recipe": null}'):
+        if text:
+            index.write_text(text)
+        with pytest.raises(ValueError, match=r"^.*/test holds something else .* name another folder$"):
+            generate(tmp_path, SMALL, lambda count: pytest.fail("drew scenes for nothing"))
+        assert not text or index.read_text() == text
+    assert shard.read_bytes() == b"precious"
 
 
-def test_a_process_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(RuntimeError, match="shard-0000"):
-        generate(tmp_path, SMALL)
-    assert json.loads((tmp_path / "train/index.json").read_bytes())["complete"] is False
-    monkeypatch.undo()
-    generate(tmp_path, SMALL, workers=1)
-    assert json.loads((tmp_path / "train/index.json").read_bytes())["complete"] is True
-
-
-def test_a_lost_or_cut_shard_is_made_again(world: Path, tmp_path: Path) -> None:
-    generate(tmp_path, SMALL, workers=1)
-    (tmp_path / "train/shard-00001-000.tar").unlink()
-    os.truncate(tmp_path / "test/shard-00000-000.tar", 1000)
-    told: list[int] = []
-    generate(tmp_path, SMALL, told.append, workers=1)
-    assert sum(told) == 140
-    assert contents(tmp_path) == contents(world)
-
-
-def test_a_killed_generation_goes_on(tmp_path: Path) -> None:
-    """Kill -9 after the first finished shard, with a shard begun by a process that lives on for a moment."""
+def test_a_killed_generation_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Kill -9 in the middle: the processes that draw end too, and the next try gives a whole folder."""
     options = replace(SMALL, train=450, test=10, samples_per_shard=150)
-    code = f"from vesl.models.cloc.scenes import *\ngenerate({str(tmp_path / 'killed')!r}, {options!r}, workers=2)"
-    index = tmp_path / "killed/train/index.json"
-    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) as process:
-        deadline = time.monotonic() + 60
-        while not (index.exists() and json.loads(index.read_bytes())["shards"]) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-    assert not json.loads(index.read_bytes())["complete"]
-    told: list[int] = []
-    generate(tmp_path / "killed", options, told.append, workers=1)
-    assert 0 < sum(told) < 460
-    generate(tmp_path / "whole", options, workers=1)
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    killed, code = tmp_path / "killed", "import sys; from vesl.models.cloc.scene_shards import *; "
+    code += f"from vesl.models.cloc.scenes import Scenes; generate({str(killed)!r}, {options!r}, print)"
+    with subprocess.Popen([sys.executable, "-uc", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"150\n"
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    assert len(children) >= 2
+    assert not psutil.wait_procs(children, timeout=10)[1]
+    (killed / "train/scenes-0.wip").write_bytes(b"half")
+    assert json.loads((killed / "train/index.json").read_bytes())["complete"] is False
+    for folder in (killed, tmp_path / "whole"):
+        generate(folder, options, workers=1)
+    assert contents(killed) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("after", ["start", "first shard"])
+def test_ctrl_c_is_no_wall_of_text(tmp_path: Path, after: str) -> None:
+    """A terminal interrupts all processes at once; only the first of them speaks."""
+    code = f"""
+import signal; signal.signal(signal.SIGINT, signal.default_int_handler)
+from vesl.models.cloc import scene_shards as s
+begun = s.ProcessPoolExecutor.submit
+def submit(*args):
+    print("start", flush=True)
+    return begun(*args)
+s.ProcessPoolExecutor.submit = submit
+try:
+    s.generate({str(tmp_path)!r}, s.{replace(SMALL, train=6000)!r}, lambda n: print("first shard", flush=True))
+except KeyboardInterrupt:
+    print("stopped", flush=True)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        while process.stdout.readline().strip() != after:
+            pass
+        time.sleep(0.15 if after == "start" else 0)  # while the processes start
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+    assert out.endswith("stopped\n")
+    assert err == ""

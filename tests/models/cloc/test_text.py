@@ -17,7 +17,19 @@ from vesl.models.contract import ModelError
 from vesl.transforms.records import Caption, Region, Sample
 from vesl.transforms.shards import add_member, encode, end_tar
 
-HOSTILE = ["", " ", "\n\t", "日本語のテキスト", "👩‍👩‍👧‍👦🏳️‍🌈", "\x00\x01\x7f", "ǅ İ ß ﬃ", "e\u0301 é", "a" * 5000, "\ufffd\ufeff", "‮abc"]
+HOSTILE = [
+    "",
+    " ",
+    "\n\t",
+    "日本語のテキスト",
+    "👩‍👩‍👧‍👦🏳️‍🌈",
+    "\x00\x01\x7f",
+    "ǅ İ ß ﬃ",
+    "e\u0301 é",
+    "a" * 5000,
+    "\ufffd\ufeff",
+    "‮abc",
+]
 
 
 def written(text: Text, ids: np.ndarray) -> str:
