@@ -41,8 +41,10 @@ case $results in
   */pack/*)
     "$vesl" train "$recipe" "${sets[@]}" > "$out/train.txt" 2> "$out/train.log" ||
       { code=$?; cat "$out/train.log" >&2; exit "$code"; }
-    echo "A few steps of CLOC on these shards:"
-    grep '^step' "$out/train.log" || true
+    if grep -q '^step' "$out/train.log"; then
+      echo "A few steps of CLOC on these shards:"
+      grep '^step' "$out/train.log"
+    fi
     sed -n 's/^model: /Trained model:       /p' "$out/train.txt"
     echo "Shards (WebDataset): $results"
     ;;

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import Progress
 
-from ..models.cloc.options import Data, Evaluation
+from ..models.cloc.options import Data, Evaluation, Train
 from ..models.cloc.scenes import Scenes
 from ..models.contract import ModelError
 from .recipe import Recipe, RecipeError, Training
@@ -25,7 +26,7 @@ from .store import Store
 
 
 def train(training: Training, recipe: Recipe | None) -> int:
-    """Train to the end and say where the model is. Returns the exit code: 0, or 1 after a signal asked to stop."""
+    """Train to the end and say where the model is. Returns 0, or the exit code of a run that a signal stopped."""
     _check_installed()
     from ..models.cloc.train import StoppedError, fingerprint
     from ..models.cloc.train import train as run
@@ -35,6 +36,8 @@ def train(training: Training, recipe: Recipe | None) -> int:
     store = Store(training.store, training.storage_options)
     if options.folder is None and not store.local:
         raise RecipeError("train.folder: is missing; a run's folder is a local one, and the store is not")
+    if "://" in (options.folder or ""):
+        raise RecipeError(f"train.folder: {options.folder}: a run's folder is a local one")
     try:
         index = Store(str(options.data.shards), training.storage_options).read("index.json")
     except FileNotFoundError:
@@ -42,6 +45,7 @@ def train(training: Training, recipe: Recipe | None) -> int:
     folder = Path(options.folder or f"{store.root}/train/{fingerprint(options, index)}")
     sets = _evaluations(training, recipe)
     if _rank() == 0:
+        _check_abilities(sets, options)
         _check_sets(sets, training)
         print(f"run: {folder}", flush=True)
     try:
@@ -55,7 +59,7 @@ def train(training: Training, recipe: Recipe | None) -> int:
         )
     except StoppedError as stopped:
         print(f"vesl: {stopped}", file=sys.stderr)
-        return 1
+        return 130 if stopped.number == signal.SIGINT else 1
     if _rank() == 0:
         print(f"model: {folder / 'model'}")
     return 0
@@ -114,14 +118,26 @@ def _scenes(training: Training) -> str:
     if not store.local:
         raise RecipeError("train.scenes: are drawn into a local store only")
     folder = Path(store.root) / "scenes" / _fingerprint(options)
-    done = folder / "done"
-    if _rank() == 0 and not done.exists():
-        with _drawing(options.train + options.test) as progress:
-            generate(folder, options, progress)
-        done.touch()
-    while not done.exists():
-        time.sleep(0.5)
+    if _rank() == 0:
+        try:
+            with _drawing(options.train + options.test) as progress:
+                generate(folder, options, progress)
+        except ValueError as error:
+            raise RecipeError(f"train.scenes: {error}") from None
+    waited = 0
+    while not all(_is_complete(folder / split / "index.json") for split in ("train", "test")):
+        time.sleep(1)
+        waited += 1
+        if waited % 60 == 0:
+            print(f"vesl: waits for the first process to draw {folder}, which all nodes must share", file=sys.stderr)
     return str(folder)
+
+
+def _is_complete(index: Path) -> bool:
+    try:
+        return bool(json.loads(index.read_bytes())["complete"])
+    except FileNotFoundError:
+        return False
 
 
 def _fingerprint(options: Scenes) -> str:
@@ -138,6 +154,16 @@ def _evaluations(training: Training, recipe: Recipe | None) -> Mapping[str, Eval
             spec = dataclasses.replace(spec, shards=shards)
         found[name] = spec
     return found
+
+
+def _check_abilities(sets: Mapping[str, Evaluation], options: Train) -> None:
+    """Refuse sets that ask what the model will not be trained for. Raises RecipeError."""
+    regions = options.objective.region_weight > 0
+    for name, spec in sets.items():
+        if spec.kind == "grounding" and not (regions and options.objective.grounding != "none"):
+            raise RecipeError(f"train.evaluate.{name}: this objective trains no grounding; leave the set out")
+        if spec.kind in ("regions", "retrieval") and spec.by == "prompter" and not regions:
+            raise RecipeError(f"train.evaluate.{name}: a plain CLIP has no Prompter; give `by: roialign` or `by: crop`")
 
 
 def _check_sets(sets: Mapping[str, Evaluation], training: Training) -> None:

@@ -7,7 +7,7 @@ white space begins a comment.
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from urllib.parse import urlsplit
 
 from .urls import KEY_DIGITS, keys, normalise
@@ -42,6 +42,10 @@ class Takedown:
                 found[kind].add(value)
         found["keys"].update(keys(list(found["urls"]))[1])  # also where a sample has lost its URL
         return Takedown(**{kind: frozenset(values) for kind, values in found.items()})
+
+    def __or__(self, other: "Takedown") -> "Takedown":
+        """What either names."""
+        return Takedown(*(getattr(self, f.name) | getattr(other, f.name) for f in fields(self)))
 
     def covers(self, key: str, url: str, sha256: str) -> bool:
         """Whether a sample is named by its key, its image's hash, its URL or the domain that its URL lies in."""

@@ -23,10 +23,14 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
     unfinished = path.with_suffix(".wip")
-    with unfinished.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with unfinished.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch hides that the disk is full
+        unfinished.unlink(missing_ok=True)
+        raise OSError(f"{path}: cannot be written (is the disk full?): {str(error).splitlines()[0]}") from None
     unfinished.replace(path)
     for old in sorted(folder.glob(_PATTERN))[: -max(keep, 1)]:
         old.unlink(missing_ok=True)
@@ -34,7 +38,9 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """One checkpoint, on the CPU. Only tensors and plain values are read (no pickled code). Raises ModelError."""
+    """One checkpoint, on the CPU. Only tensors and plain values are read (no pickled code). Raises ModelError where
+    it is damaged, OSError where it cannot be read.
+    """
     try:
         with zipfile.ZipFile(path) as parts:
             if part := parts.testzip():  # torch.load compares no checksums
@@ -42,6 +48,8 @@ def load(path: Path) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ModelError(f"{path}: there is no such checkpoint") from None
+    except (MemoryError, OSError):  # says nothing of the file
+        raise
     except Exception as error:  # noqa: BLE001  (what a damaged file raises depends on where it is damaged)
         raise ModelError(f"{path}: is damaged or no checkpoint ({type(error).__name__})") from None
     return state

@@ -158,8 +158,8 @@ def read_row(
         key, url if isinstance(url, str) else "", sha256 if isinstance(sha256, str) else ""
     ):
         raise Drop("taken_down")
-    alt_text = _clean(alt_text)
-    texts = [text for caption in _dicts(captions) if (text := _clean(caption.get("text")))]
+    alt_text = clean(alt_text)
+    texts = [text for caption in _dicts(captions) if (text := clean(caption.get("text")))]
     luck, pick = chance.random(), chance.random()
     if alt_text and options.alt_text > 0 and (luck < options.alt_text or not texts):
         caption = alt_text
@@ -178,7 +178,7 @@ def _dicts(found: object) -> Iterator[dict[str, Any]]:
     return (item for item in (found if isinstance(found, list) else ()) if isinstance(item, dict))
 
 
-def _clean(text: object) -> str:
+def clean(text: object) -> str:
     """A text that any tokenizer can take: words with single spaces, no lone surrogates, an end; "" for no text."""
     if not isinstance(text, str):
         return ""
@@ -187,7 +187,7 @@ def _clean(text: object) -> str:
 
 
 def _region(region: dict[str, Any]) -> tuple[Box, str] | None:
-    box, phrase = region.get("box"), _clean(region.get("phrase"))
+    box, phrase = region.get("box"), clean(region.get("phrase"))
     if not phrase or not isinstance(box, list) or len(box) != 4 or not all(type(x) in (float, int) for x in box):
         return None
     x0, y0, x1, y1 = box

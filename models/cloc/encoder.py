@@ -58,7 +58,7 @@ class Encoder:
         return cls(model, text)
 
     def encode_image(self, images: Sequence[Image.Image]) -> Array:
-        """Upright RGB images -> (n, D) float32, unit rows."""
+        """Upright images -> (n, D) float32, unit rows."""
         if not images:
             return self._none()
         return self._run(lambda: self.model.image(self._squares(images)[0])[1])
@@ -136,7 +136,9 @@ class Encoder:
     def _squares(self, images: Sequence[Image.Image]) -> tuple[torch.Tensor, Array]:
         """Padded squares (n, 3, S, S) uint8, and the part (x, y, x, y) of each that its image fills."""
         squares = np.zeros((len(images), 3, self.model.image_px, self.model.image_px), np.uint8)
-        filled = [fill_square(row, image, image.size) * 2 for row, image in zip(squares, images, strict=True)]
+        filled = [
+            fill_square(row, image.convert("RGB"), image.size) * 2 for row, image in zip(squares, images, strict=True)
+        ]
         return torch.from_numpy(squares).to(self._device()), np.array(filled, np.float32).reshape(-1, 4)
 
     def _tokens(self, texts: Sequence[str]) -> torch.Tensor:
@@ -211,6 +213,7 @@ def export(model: Cloc, text: Text, options: Model, objective: Objective, folder
         (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=1))
     if own:
         save_file(own, folder / _OWN)
+    text.tokenizer.model_max_length = model.context  # what transformers' users cut texts to
     text.save(folder)
     words = {
         "model": dataclasses.asdict(options),

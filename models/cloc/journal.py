@@ -29,7 +29,7 @@ class Journal:
             unfinished = self.path.with_suffix(".wip")
             unfinished.write_text("".join(f"{line}\n" for line in kept))
             unfinished.replace(self.path)
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         console = console or Console(stderr=True)
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -78,9 +78,10 @@ class Meter:
         name = torch.cuda.get_device_name() if self.cuda else ""
         self.peak = next((peak for key, peak in PEAK_FLOPS.items() if key in name), 0.0)
         self.flops = 0.0  # of one step on this rank
-        self._start(step)
+        self.start(step)
 
-    def _start(self, step: int) -> None:
+    def start(self, step: int) -> None:
+        """Forget what was before: the next rates count from `step` and now."""
         self.since, self.wait, self.step = time.perf_counter(), 0.0, step
 
     @contextmanager
@@ -91,28 +92,32 @@ class Meter:
         self.wait += time.perf_counter() - start
 
     @contextmanager
-    def counting(self, step: int, possible: bool) -> Iterator[None]:
-        """Around a step: count the operations of the first one, where the device's peak is known."""
-        if self.flops or not self.peak or not possible:
+    def counting(self, step: int, passes: int) -> Iterator[None]:
+        """Around a step: count the operations of the first one, where the device's peak is known.
+
+        `passes`: how often it goes through the network, a backward pass being two; more than three are recomputation,
+        which is no use of the device, and taken off. 0: it cannot be counted.
+        """
+        if self.flops or not self.peak or not passes:
             yield
             return
         from torch.utils.flop_counter import FlopCounterMode
 
         with FlopCounterMode(display=False) as counter:
             yield
-        self.flops = float(counter.get_total_flops())
-        self._start(step)
+        self.flops = counter.get_total_flops() * 3 / passes
+        self.start(step)
 
     def rates(self, step: int, batch: int) -> dict[str, float]:
         """Since the last call: samples/s of all ranks, share of the time that waited for data; on a GPU also MFU
         (counted operations over the device's peak) and the most memory held."""
         seconds, steps = max(time.perf_counter() - self.since, 1e-9), step - self.step
-        found = {"samples_per_s": steps * batch / seconds, "data_wait": self.wait / seconds}
-        if self.flops:
+        found = {"samples_per_s": steps * batch / seconds, "data_wait": self.wait / seconds} if steps else {}
+        if self.flops and steps:
             found["mfu"] = self.flops * steps / seconds / self.peak
         if self.cuda:
             found["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self._start(step)
+        self.start(step)
         return found
 
 

@@ -276,7 +276,8 @@ class Loader:
             raise DataError(f"{shards}: {self.samples} samples are too few for {world} ranks")
         workers = min(workers, self.samples // world)  # each has at least one sample
         order = Order(index.counts, seed, max(1, options.shuffle), rank, world, workers)
-        lists = read_takedown(options.takedown or takedown, storage_options, needed=options.takedown is not None)
+        lists = read_takedown(takedown, storage_options, needed=False)
+        lists |= read_takedown(options.takedown, storage_options, needed=True)
         where = Folder(images, storage_options) if images else None
         self._stream = _Stream(folder, index.names, order, where, lists, options, tokenizer, batch, image_px, context)
         self._processes = options.workers > 0

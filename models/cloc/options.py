@@ -82,7 +82,7 @@ class Data:
 
     shards: str | None = None  # a folder or bucket with shards and index.json; null: the recipe's own `pack`
     images: str | None = None  # where referenced images lie; null: the recipe's store
-    takedown: str | None = None  # a folder of takedown lists; null: `takedown/` of the recipe's store
+    takedown: str | None = None  # a folder of more takedown lists than those in `takedown/` of the recipe's store
     regions: int = 4  # M: sampled per image and step
     alt_text: float = 0.0  # ours: how often the alt text takes the caption's place
     shuffle: int = 10_000  # ours: samples that are shuffled together

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from ..contract import ModelError
+from .data import MAX_JSON_BYTES, clean
 from .shards import Folder, Shard, read_index
 
 PAD, END = "<pad>", "<end>"
-_MAX_JSON_BYTES = 1 << 20
 
 
 class Text:
@@ -108,7 +108,7 @@ def read_texts(shards: str, limit: int, storage_options: Mapping[str, Any] | Non
         for name, samples in zip(index.names, index.counts.tolist(), strict=True):
             with closing(Shard(folder, name, samples)) as shard:
                 for entry in shard.entries:
-                    if entry.json and entry.json[1] < _MAX_JSON_BYTES:
+                    if entry.json and entry.json[1] < MAX_JSON_BYTES:
                         with suppress(ValueError, RecursionError):
                             yield json.loads(shard.read(entry.json))
 
@@ -117,4 +117,4 @@ def read_texts(shards: str, limit: int, storage_options: Mapping[str, Any] | Non
         for name, key in (("captions", "text"), ("regions", "phrase")) if found else ():
             items = document.get(name)
             found += [item.get(key) for item in items if isinstance(item, dict)] if isinstance(items, list) else []
-        yield from (text for text in found if isinstance(text, str))
+        yield from filter(None, map(clean, found))

@@ -36,6 +36,7 @@ from .loader import Loader
 from .model import Cloc, Features
 from .objective import cloc_loss
 from .options import Evaluation, Loop, Train
+from .sets import SetError
 from .text import Text, learn_text, load_text, read_texts
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,11 @@ GIVE_UP = 100  # steps in a row that are not finite
 
 
 class StoppedError(Exception):
-    """The run was asked to stop (SIGTERM, SIGINT) and has saved its state."""
+    """The run was asked to stop by a signal, its `number`, and has saved its state."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 def train(
@@ -59,19 +64,21 @@ def train(
         torch.manual_seed(options.loop.seed)
         found = checkpoint.latest(folder / "checkpoints")
         state = found[1] if found else None
+        _agree(state["step"] if state else 0, folder, world)
         text = _text(options, folder, rank, places.get("storage_options"))
-        model = Cloc(options.model, options.objective, text)
+        model = Cloc(options.model, options.objective, text, json.loads(state["clip"]) if state else None)
         if device.type == "cpu":  # its fused attention is slow in the backward pass
             model.clip.set_attn_implementation("eager")
         if options.loop.checkpointing:
             model.clip.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.to(device).train()
         run = Run(options, folder, model, text, rank, world, device, state, places)
+        found = state = None  # as large as the model and its optimiser
         return run.loop(evaluations or {})
 
 
 def learning_rate(step: int, loop: Loop) -> float:
-    """Of step 0, 1, ...: linear warm-up to `lr`, then half a cosine down to 0 at the last step."""
+    """Of step 0, 1, ...: linear warm-up to `lr`, then half a cosine that reaches 0 after the last."""
     if step < loop.warmup_steps:
         return loop.lr * (step + 1) / loop.warmup_steps
     done = (step - loop.warmup_steps) / max(1, loop.steps - loop.warmup_steps)
@@ -126,7 +133,7 @@ class Run:
         self.network: nn.Module = model
         if world > 1:
             devices = [device] if device.type == "cuda" else None
-            self.network = DistributedDataParallel(model, device_ids=devices)
+            self.network = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
     def loop(self, evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
         """Run to the last step; save on the way, at the end, and when asked to stop."""
@@ -150,13 +157,15 @@ class Run:
                 if done or stop or self.step % loop.save_steps == 0:
                     self.save()
                 if stop and not done:
-                    raise StoppedError(f"stopped after step {self.step} of {loop.steps}; run again to go on")
-                if done and self.rank == 0:
-                    self._export()
-                if evaluations and (done or (loop.evaluate_steps and self.step % loop.evaluate_steps == 0)):
+                    said = f"stopped after step {self.step} of {loop.steps}; run again to go on"
+                    raise StoppedError(asked[0] if asked else signal.SIGTERM, said)
+                if evaluations and loop.evaluate_steps and not done and self.step % loop.evaluate_steps == 0:
                     last |= self._evaluate(evaluations, journal)
-        if self.rank == 0 and not (self.folder / "model/cloc.json").exists():  # it was killed before it wrote that
-            self._export()
+                    meter.start(self.step)
+            if self.rank == 0 and not (self.folder / "model/cloc.json").exists():
+                export(self.model, self.text, self.options.model, self.options.objective, self.folder / "model")
+            if evaluations:
+                last |= self._evaluate(evaluations, journal, self.folder / "eval.json")
         return last
 
     def _step(self, batch: Batch, meter: "Meter") -> dict[str, Tensor]:
@@ -167,7 +176,8 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        with meter.counting(self.step + 1, not loop.compile):
+        passes = 0 if loop.compile else 3 + (len(batches) > 1) + loop.checkpointing
+        with meter.counting(self.step + 1, passes):
             parts = backward(self.network, batches, self._objective, self.step, self._autocast)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), loop.clip_norm)
         if bool(torch.isfinite(norm)):  # after the ranks' gradients were averaged, so all ranks decide alike
@@ -177,7 +187,8 @@ class Run:
         else:
             self.skipped += 1
             self.bad_in_a_row += 1
-            log.warning("step %d is not finite and was skipped (%d so far)", self.step + 1, self.skipped)
+            if self.rank == 0:
+                log.warning("step %d is not finite and was skipped (%d so far)", self.step + 1, self.skipped)
             if self.bad_in_a_row >= GIVE_UP:
                 raise ModelError(f"{GIVE_UP} steps in a row were not finite; lower train.loop.lr, or take fp32")
         self.step += 1
@@ -209,18 +220,32 @@ class Run:
         dist.all_reduce(flag)
         return bool(flag)
 
-    def _export(self) -> None:
-        export(self.model, self.text, self.options.model, self.options.objective, self.folder / "model")
+    def _evaluate(
+        self, evaluations: Mapping[str, Evaluation], journal: Journal | None, final: Path | None = None
+    ) -> dict[str, float]:
+        """Measure the model as it is, on rank 0; the others wait. `final`: where the last measures are written, once.
 
-    def _evaluate(self, evaluations: Mapping[str, Evaluation], journal: Journal | None) -> dict[str, float]:
+        What fails on the way is a warning; at the end a ModelError, when the rest is measured and written.
+        """
         values: dict[str, float] = {}
-        if journal:  # rank 0; the others wait
-            encoder = Encoder(self.model, self.text, self.options.loop.precision)
-            results = evaluate(encoder, evaluations, storage_options=self.places.get("storage_options"))
+        faults: list[str] = []
+        if journal and not (final and final.exists()):
+            results: dict[str, Any] = {}
+            encoder = Encoder(self.model, self.text)
+            for name, spec in evaluations.items():
+                try:
+                    results |= evaluate(encoder, {name: spec}, storage_options=self.places.get("storage_options"))
+                except (SetError, ModelError, OSError) as error:
+                    faults.append(f"evaluation {name}: {error}")
+                    log.warning("%s", faults[-1])
             values = {f"{name}/{k}": m["value"] for name, r in results.items() for k, m in r["metrics"].items()}
             journal.write(self.step, values, "  ".join(f"{k} {v:.3f}" for k, v in values.items()))
+            if final and not faults:
+                final.write_text(json.dumps(results, indent=1) + "\n")
         if self.world > 1:
             dist.barrier()
+        if final and faults:
+            raise ModelError(f"{self.folder / 'model'} is finished, but {faults[0]}")
         return values
 
     def save(self) -> None:
@@ -279,7 +304,9 @@ def _ranks() -> Iterator[tuple[int, int, torch.device]]:
         torch.cuda.set_device(device)
     mine = world > 1 and not dist.is_initialized()
     if mine:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))  # an evaluation is waited for
+        device_id = device if cuda else None
+        patience = timedelta(hours=2)  # an evaluation is waited for
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=patience, device_id=device_id)
     try:
         yield rank, world, device
     finally:
@@ -305,12 +332,24 @@ def _asked() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def _agree(step: int, folder: Path, world: int) -> None:
+    """Raise ModelError where the ranks would go on from different steps."""
+    if world > 1:
+        steps: list[Any] = [None] * world
+        dist.all_gather_object(steps, step)
+        dist.barrier()  # see `Run.save`
+        if len(set(steps)) > 1:
+            raise ModelError(
+                f"{folder}: the processes do not see the same checkpoints: all nodes must share this folder"
+            )
+
+
 def _check(options: Train, world: int) -> None:
     loop = options.loop
     share, rest = divmod(loop.batch, world)
     if rest or not share:
         raise ModelError(f"train.loop.batch: {loop.batch} images cannot be shared equally by {world} processes")
-    if loop.micro_batch and share % loop.micro_batch:
+    if loop.micro_batch and loop.micro_batch < share and share % loop.micro_batch:
         raise ModelError(f"train.loop.micro_batch: {loop.micro_batch} does not divide a process's {share} images")
 
 

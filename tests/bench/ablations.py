@@ -48,7 +48,7 @@ def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
     recipe["train"]["evaluate"]["crops"] = {"kind": "regions", "by": "crop"}
     if name in (CLIP, "no grounding loss"):
         del recipe["train"]["evaluate"]["grounding"]
-    folder = options.store / "ablations" / f"{name}, seed {seed}"
+    folder = options.store / "ablations" / f"{name}, {options.steps} of {options.batch}, seed {seed}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     sets = {

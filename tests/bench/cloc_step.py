@@ -1,6 +1,6 @@
 """Step time of CLOC over that of a plain CLIP (same towers, same batch), beside the ratio of their counted operations.
 
-    python tests/bench/cloc_step.py [--size scenes|s16|b16] [--batch 32] [--pairs 7]
+    python tests/bench/cloc_step.py [--size scenes|s16|b16|l14] [--batch 64] [--pairs 7]
 
 Captions have 36 tokens and phrases 2 to 6, as in table 1 of the paper; four regions an image. Steps of the two are
 taken in turn, and the ratio is that of each pair; operations are those of products and convolutions, forward and back.

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from tests.models.cloc.test_model import TINY
 from tests.models.cloc.test_train import LOOP, Done, nest
@@ -189,19 +190,58 @@ def test_takedown_lists_that_the_recipe_names(world: tuple[Path, Done], tmp_path
         folder.rmdir()
 
 
-def test_what_fails_at_the_end_leaves_the_model(world: tuple[Path, Done], tmp_path: Path) -> None:
-    """A plain CLIP is asked for regions; by other means it can answer."""
-    scenes, plain = next((world[0] / "store" / "scenes").iterdir()), {"region_weight": 0.0}
-    data = {"shards": f"{scenes}/train"}
-    sets = {"x": {"kind": "regions", "shards": f"{scenes}/test"}}
-    done = nest().run(
-        "train", write(tmp_path, data=data, objective=plain, evaluate=sets, loop={"evaluate_steps": None})
+def test_what_fails_at_the_end_leaves_the_model_and_the_other_measures(
+    world: tuple[Path, Done], tmp_path: Path
+) -> None:
+    """Images that are gone are only found out when they are wanted."""
+    scenes = next((world[0] / "store" / "scenes").iterdir())
+    labels, pictures = tmp_path / "labels.json", tmp_path / "pictures"
+    pictures.mkdir()
+    labels.write_text(
+        json.dumps({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "caption": "a dog"}]})
     )
+    sets = {
+        "gone": {"kind": "pairs", "annotations": str(labels), "images": str(pictures)},
+        "there": {"kind": "pairs", "shards": f"{scenes}/test"},
+    }
+    recipe = write(tmp_path, data={"shards": f"{scenes}/train"}, evaluate=sets, loop={"evaluate_steps": 1})
+    done = nest().run("train", recipe)
     assert done.code == 1
-    assert "has no Prompter" in done.assert_one_line()
+    assert "is finished, but evaluation gone: " in done.err
+    assert "Traceback" not in done.err
+    assert "there/i2t_1" in done.err
     assert len(list(tmp_path.glob("store/train/*/model/config.json"))) == 1
-    sets["x"]["by"] = "crop"
-    done = nest().run("train", write(tmp_path, data=data, objective=plain, evaluate=sets, loop={"steps": 3}))
+    Image.new("RGB", (20, 10), "red").save(pictures / "a.jpg")
+    done = nest().run("train", recipe)  # what is missing is measured now
+    assert done.code == 0, done.err
+    assert set(json.loads(next(tmp_path.glob("store/train/*/eval.json")).read_text())) == {"gone", "there"}
+
+
+@pytest.mark.parametrize(
+    ("objective", "asked", "says"),
+    [
+        ({"region_weight": 0.0}, {"kind": "regions"}, "a plain CLIP has no Prompter"),
+        ({"region_weight": 0.0}, {"kind": "retrieval"}, "a plain CLIP has no Prompter"),
+        ({"grounding": "none"}, {"kind": "grounding"}, "trains no grounding"),
+    ],
+)
+def test_sets_that_the_model_could_not_answer(
+    world: tuple[Path, Done], tmp_path: Path, objective: Any, asked: Any, says: str
+) -> None:
+    scenes = next((world[0] / "store" / "scenes").iterdir())
+    asked = asked | {"shards": f"{scenes}/test"}
+    recipe = write(tmp_path, data={"shards": f"{scenes}/train"}, objective=objective, evaluate={"x": asked})
+    done = nest().run("train", recipe)
+    assert done.code == 2
+    assert says in done.assert_one_line()
+
+
+def test_a_plain_clip_is_measured_by_crops(world: tuple[Path, Done], tmp_path: Path) -> None:
+    scenes = next((world[0] / "store" / "scenes").iterdir())
+    sets = {"x": {"kind": "regions", "shards": f"{scenes}/test", "by": "crop"}}
+    plain = {"region_weight": 0.0}
+    recipe = write(tmp_path, data={"shards": f"{scenes}/train"}, objective=plain, evaluate=sets, loop={"steps": 3})
+    done = nest().run("train", recipe)
     assert done.code == 0, done.err
 
 

@@ -607,9 +607,17 @@ def test_takedown_lists_are_obeyed(tmp_path: Path) -> None:
     (lists / "2.txt").write_text("bad.example\nwhat is this\n")
     with pytest.raises(DataError, match=r"takedown: .*2\.txt:2: "):
         loader(folder, takedown=str(lists))
-    named = Data(takedown=str(tmp_path / "named"))  # goes before the store's own
-    with pytest.raises(DataError, match=r"there is no folder .*named"):
-        Loader(folder, named, Words(), batch=1, image_px=PX, context=8, seed=0, takedown=str(lists))
+    (lists / "2.txt").unlink()
+    more = tmp_path / "more"  # beside the store's own
+    asked = {"batch": 1, "image_px": PX, "context": 8, "seed": 0, "takedown": str(lists)}
+    with pytest.raises(DataError, match=r"there is no folder .*more"):
+        Loader(folder, Data(takedown=str(more)), Words(), **asked)
+    more.mkdir()
+    (more / "x.txt").write_text("bad.example\n")
+    found = Loader(folder, Data(takedown=str(more), workers=0), Words(), **asked)
+    next(batch for batch in found if batch.keys == ("stays",))
+    assert found.counts["taken_down"] >= 1
+    assert len({batch.keys for batch, _ in zip(found, range(6), strict=False)}) == 2  # one is in no list any more
 
 
 # What is missing

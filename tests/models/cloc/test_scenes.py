@@ -28,7 +28,7 @@ from vesl.models.cloc.scenes import COLOURS, Scenes, draw, phrase_classes, sampl
 from vesl.transforms.records import Sample
 from vesl.transforms.shards import decode, encode
 
-SMALL = Scenes(train=230, test=40, samples_per_shard=100)
+SMALL = Scenes(train=70, test=20, samples_per_shard=30)
 QUIET = Scenes(missing=0, duplicated=0, shifted=0, wrong_phrase=0, caption_noise=0)
 CLASSES = phrase_classes()
 
@@ -55,6 +55,13 @@ def said_of(phrase: str) -> str:
     """The class that a phrase of the training part speaks of."""
     words = phrase.lower().split()
     return " ".join(w for w in words if w not in ("a", "an", "the", "small", "large"))
+
+
+def lives(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +101,7 @@ def test_any_number_of_processes_writes_the_same_bytes(world: Path, tmp_path: Pa
     told: list[int] = []
     assert generate(tmp_path / "again", SMALL, told.append, workers=3) == tmp_path / "again"
     assert contents(tmp_path / "again") == contents(world)
-    assert told == [100, 100, 30, 40]
+    assert told == [30, 30, 10, 20]
 
 
 def test_two_generations_may_fill_one_folder(world: Path, tmp_path: Path) -> None:
@@ -118,7 +125,7 @@ def test_a_finished_world_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_the_index_says_what_the_pack_step_would_say(world: Path) -> None:
-    for split, total in (("train", 230), ("test", 40)):
+    for split, total in (("train", 70), ("test", 20)):
         index = json.loads((world / split / "index.json").read_bytes())
         assert set(index) == {"complete", "samples", "regions", "shards", "recipe", "chain"}
         assert index["complete"] is True
@@ -147,14 +154,14 @@ def test_every_sample_decodes_and_fits_its_image(world: Path) -> None:
             scores = [region.score for region in facts.regions]
             assert scores == sorted(scores, reverse=True)
             assert all(0 < score < 1 for score in scores)
-    assert len(keys) == 270
+    assert len(keys) == 90
 
 
 def test_the_public_library_reads_the_shards(world: Path) -> None:
     urls = [str(path) for path in sorted((world / "train").glob("*.tar"))]
     dataset: Any = webdataset.WebDataset(urls, shardshuffle=False).decode("pil")
     rows = list(dataset)
-    assert len(rows) == 230
+    assert len(rows) == 70
     assert all(row["jpg"].size == (64, 64) and row["json"]["key"] == row["__key__"] for row in rows)
 
 
@@ -162,7 +169,7 @@ def test_the_public_library_reads_the_shards(world: Path) -> None:
 def test_boxes_are_tight_around_what_is_drawn(px: int) -> None:
     rng = np.random.default_rng(px)
     cut = 0
-    for _ in range(150):
+    for _ in range(60):
         scene = draw(rng, Scenes(image_px=px))
         assert scene.image.shape == (px, px, 3)
         for thing in scene.things:
@@ -182,7 +189,7 @@ def test_what_is_seen_of_an_object_is_in_the_image() -> None:
     """The visible share counts what lies on top, and those pixels have the colour that the name says."""
     rng = np.random.default_rng(3)
     right = total = 0
-    for _ in range(60):
+    for _ in range(40):
         scene = draw(rng, Scenes(objects=(2, 4)))
         for i, thing in enumerate(scene.things):
             left = thing.mask.copy()
@@ -223,7 +230,7 @@ def test_shapes_and_stripes_differ_at_the_smallest_size() -> None:
 
 
 def test_the_test_part_is_clean(world: Path) -> None:
-    for number in range(300):
+    for number in range(100):
         _, facts = sample(Scenes(), "test", number)
         rng = np.random.default_rng((0, 1, number))
         things = draw(rng, Scenes(), distinct=True).things
@@ -348,7 +355,10 @@ def test_a_killed_generation_leaves_nothing_behind(tmp_path: Path) -> None:
         children = psutil.Process(process.pid).children(recursive=True)
         process.kill()
     assert len(children) >= 2
-    assert not psutil.wait_procs(children, timeout=10)[1]
+    deadline = time.monotonic() + 60
+    while any(map(lives, children)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(lives, children))
     (killed / "train/scenes-0.wip").write_bytes(b"half")
     assert json.loads((killed / "train/index.json").read_bytes())["complete"] is False
     for folder in (killed, tmp_path / "whole"):
@@ -380,6 +390,6 @@ except KeyboardInterrupt:
             pass
         time.sleep(0.15 if after == "start" else 0)  # while the processes start
         os.killpg(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=60)
     assert out.endswith("stopped\n")
     assert err == ""
