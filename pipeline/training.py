@@ -183,7 +183,8 @@ def _rank() -> int:
 
 @contextmanager
 def _drawing(total: int) -> Iterator[Callable[[int], None]]:
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("drawing scenes", total=total)
         yield lambda count: progress.advance(task, count)
 
