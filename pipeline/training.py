@@ -28,7 +28,8 @@ from .store import Store
 def train(training: Training, recipe: Recipe | None) -> int:
     """Train to the end and say where the model is. Returns 0, or the exit code of a run that a signal stopped."""
     _check_installed()
-    from ..models.cloc.train import StoppedError, fingerprint
+    from ..models.cloc.ranks import StoppedError
+    from ..models.cloc.train import fingerprint
     from ..models.cloc.train import train as run
 
     _log_to_terminal()

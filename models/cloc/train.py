@@ -11,13 +11,10 @@ import hashlib
 import json
 import logging
 import math
-import os
 import signal
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from datetime import timedelta
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -36,19 +33,12 @@ from .loader import Loader
 from .model import Cloc, Features
 from .objective import cloc_loss
 from .options import Evaluation, Loop, Train
+from .ranks import StoppedError, agree, asked_to_stop, joined
 from .sets import SetError
 from .text import Text, learn_text, load_text, read_texts
 
 log = logging.getLogger(__name__)
 GIVE_UP = 100  # steps in a row that are not finite
-
-
-class StoppedError(Exception):
-    """The run was asked to stop by a signal, its `number`, and has saved its state."""
-
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(message)
-        self.number = number
 
 
 def train(
@@ -59,12 +49,12 @@ def train(
     `options.data.shards` is named; `places` go to `Loader` (storage_options, images, takedown). Returns the last line
     of the log. Raises ModelError for what cannot be used, and StoppedError.
     """
-    with _ranks() as (rank, world, device):
+    with joined() as (rank, world, device):
         _check(options, world)
         torch.manual_seed(options.loop.seed)
         found = checkpoint.latest(folder / "checkpoints")
         state = found[1] if found else None
-        _agree(state["step"] if state else 0, folder, world)
+        agree(state["step"] if state else 0, folder, world)
         text = _text(options, folder, rank, places.get("storage_options"))
         model = Cloc(options.model, options.objective, text, json.loads(state["clip"]) if state else None)
         if device.type == "cpu":  # its fused attention is slow in the backward pass
@@ -133,13 +123,15 @@ class Run:
         self.network: nn.Module = model
         if world > 1:
             devices = [device] if device.type == "cuda" else None
-            self.network = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+            with warnings.catch_warnings():  # newer torch has another name for the option, which older lacks
+                warnings.simplefilter("ignore", FutureWarning)
+                self.network = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
     def loop(self, evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
         """Run to the last step; save on the way, at the end, and when asked to stop."""
         loop, last = self.options.loop, {}
         journal = Journal(self.folder, self.step, loop.steps) if self.rank == 0 else None
-        with journal or nullcontext(), _asked() as asked:
+        with journal or nullcontext(), asked_to_stop() as asked:
             meter = Meter(self.device, self.step)
             batches = iter(self.loader)
             while self.step < loop.steps:
@@ -292,56 +284,6 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch's tensors on `device`, copied without waiting where they are pinned."""
     moved = {k: v.to(device, non_blocking=True) for k, v in vars(batch).items() if isinstance(v, Tensor)}
     return dataclasses.replace(batch, **moved)  # type: ignore[arg-type]
-
-
-@contextmanager
-def _ranks() -> Iterator[tuple[int, int, torch.device]]:
-    """Join the group that torchrun made, if it did: (rank, world, this rank's device)."""
-    rank, world, local = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    mine = world > 1 and not dist.is_initialized()
-    if mine:
-        device_id = device if cuda else None
-        patience = timedelta(hours=2)  # an evaluation is waited for
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=patience, device_id=device_id)
-    try:
-        yield rank, world, device
-    finally:
-        if mine:
-            dist.destroy_process_group()
-
-
-@contextmanager
-def _asked() -> Iterator[list[int]]:
-    """Signals that ask to stop, as they come; a second SIGINT interrupts at once."""
-    found: list[int] = []
-
-    def note(number: int, _: FrameType | None) -> None:
-        if found and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        found.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield found
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _agree(step: int, folder: Path, world: int) -> None:
-    """Raise ModelError where the ranks would go on from different steps."""
-    if world > 1:
-        steps: list[Any] = [None] * world
-        dist.all_gather_object(steps, step)
-        dist.barrier()  # see `Run.save`
-        if len(set(steps)) > 1:
-            raise ModelError(
-                f"{folder}: the processes do not see the same checkpoints: all nodes must share this folder"
-            )
 
 
 def _check(options: Train, world: int) -> None:

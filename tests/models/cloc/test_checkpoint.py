@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +111,15 @@ def test_a_full_disk_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.Monk
     assert found[1]["step"] == 1
     save(tmp_path, 2, keep=1)
     assert names(tmp_path) == ["step-00000002.pt"]
+
+
+def test_a_write_that_the_system_cuts_off_leaves_the_old_one(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limits[1]))  # a file that may not grow, as on a full disk
+    try:
+        with pytest.raises(OSError, match=r"step-00000002\.pt: cannot be written \(is the disk full\?\)"):
+            save(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names(tmp_path) == ["step-00000001.pt"]
