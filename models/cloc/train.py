@@ -39,6 +39,7 @@ from .text import Text, learn_text, load_text, read_texts
 
 log = logging.getLogger(__name__)
 GIVE_UP = 100  # steps in a row that are not finite
+STATE = frozenset({"step", "skipped", "model", "clip", "optimizer", "loader", "world", "options", "index_sha256"})
 
 
 def train(
@@ -54,6 +55,8 @@ def train(
         torch.manual_seed(options.loop.seed)
         found = checkpoint.latest(folder / "checkpoints")
         state = found[1] if found else None
+        if state is not None and not STATE <= state.keys():
+            raise ModelError(f"{folder}: its checkpoint is of another version of vesl; name a new train.folder")
         agree(state["step"] if state else 0, folder, world)
         text = _text(options, folder, rank, places.get("storage_options"))
         model = Cloc(options.model, options.objective, text, json.loads(state["clip"]) if state else None)

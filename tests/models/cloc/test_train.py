@@ -26,6 +26,7 @@ from tests.models.cloc.test_model import TINY
 from vesl.models.cloc import checkpoint
 from vesl.models.cloc import train as module
 from vesl.models.cloc.data import Batch
+from vesl.models.cloc.encoder import Encoder
 from vesl.models.cloc.journal import Journal
 from vesl.models.cloc.model import Features
 from vesl.models.cloc.options import Data, Loop, Objective, Train
@@ -321,6 +322,18 @@ def test_a_damaged_checkpoint_is_passed_over(finished: Path, tmp_path: Path) -> 
     done = nest().run("train", path)
     assert done.code == 1
     assert "no checkpoint can be read; remove the folder to start anew" in done.assert_one_line()
+
+
+def test_a_checkpoint_of_another_version(finished: Path, tmp_path: Path) -> None:
+    path, newest = copy(finished, tmp_path), checkpoints(tmp_path)[-1]
+    state = torch.load(newest, weights_only=True)
+    del state["clip"]
+    torch.save(state, newest)
+    done = nest().run("train", path)
+    assert done.code == 1
+    assert "is of another version of vesl; name a new train.folder" in done.assert_one_line()
+    with pytest.raises(ModelError, match="is not a model"):
+        Encoder.open(newest)
 
 
 @pytest.mark.parametrize(
