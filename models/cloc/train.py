@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import signal
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -55,7 +56,7 @@ def train(
         torch.manual_seed(options.loop.seed)
         found = checkpoint.latest(folder / "checkpoints")
         state = found[1] if found else None
-        if state is not None and not STATE <= state.keys():
+        if state is not None and not state.keys() >= STATE:
             raise ModelError(f"{folder}: its checkpoint is of another version of vesl; name a new train.folder")
         agree(state["step"] if state else 0, folder, world)
         text = _text(options, folder, rank, places.get("storage_options"))
