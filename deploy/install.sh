@@ -27,6 +27,8 @@ extras=()
 for extra in "${missing[@]}"; do
   if [ "$extra" = photos ]; then  # packages wanted for their pictures only, so without what they depend on
     install --no-deps imgaug matplotlib scikit-image scikit-learn
+  elif [ "$extra" = groundingdino ]; then  # torchvision and timm, which it asks for, are CUDA builds
+    install --no-deps groundingdino-py addict yapf platformdirs
   else
     extras+=("$extra")
   fi

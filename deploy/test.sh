@@ -2,7 +2,7 @@
 # Lint, types and the test suite, from a fresh clone. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash deploy/install.sh dev s3 tiny train ray beam photos
+bash deploy/install.sh dev s3 tiny models train ray beam groundingdino photos
 export PYTHONDONTWRITEBYTECODE=1
 .venv/bin/ruff check --quiet .
 .venv/bin/ruff format --check --quiet . || { echo "test: run .venv/bin/ruff format ." >&2; exit 1; }

@@ -1,7 +1,11 @@
 """Captioners and grounders, by reference. Each module imports its heavy libraries only when a model is opened.
 
-A reference is `name@revision`. Built in are `tiny@1` (both roles) and `alt_text@1` (captioner: the web caption as it
-stands). A user's own model is `module:function@revision`: the function takes what the built-in opener takes.
+A reference is `name@revision`:
+- built in: `tiny@1` (both roles) and `alt_text@1` (captioner: the web caption as it stands);
+- `org/name@commit` on the Hugging Face hub, or a folder `./path@digest`: the config says which architecture it is;
+- with `backend: openai`, the name under which a server knows the model, and a revision that is yours to state;
+- a user's own, `module:function@revision`: a function without arguments that returns a captioner, or one that takes
+  the score floor and returns a grounder; either as in `contract.py`, or plain, a function of decoded images.
 """
 
 import difflib
@@ -10,53 +14,68 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from PIL import Image
-
-from .contract import Captioner, Grounder, ModelError
+from ..transforms.outcomes import Drop
+from . import hub
+from .contract import Captioner, Grounder, ModelError, Plain, Written, plain_captioner
+from .options import Captioning, Grounding
 
 Role = Literal["captioner", "grounder"]
 ALT_TEXT = "alt_text@1"
-_BUILT_IN: dict[Role, tuple[str, ...]] = {"captioner": ("tiny@1", ALT_TEXT), "grounder": ("tiny@1",)}
+BUILT_IN: dict[Role, tuple[str, ...]] = {"captioner": ("tiny@1", ALT_TEXT), "grounder": ("tiny@1",)}
 _OWN = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)@(.+)")
 
 
-def check_reference(role: Role, reference: str) -> None:
-    """Raise ModelError unless a reference is pinned and is a built-in one or names a function."""
-    known = _BUILT_IN[role]
+def check(options: Captioning | Grounding) -> None:
+    """Raise ModelError unless the options name a pinned model. Opens nothing."""
+    role: Role = "captioner" if isinstance(options, Captioning) else "grounder"
+    reference, known = options.model, BUILT_IN[role]
     if reference in known or _OWN.fullmatch(reference):
         return
-    near: str = (difflib.get_close_matches(reference, known, n=1, cutoff=0.4) or known)[0]
-    check_pinned("model", reference, near)
-    raise ModelError(f"model: {reference!r} is not a {role}; there are {', '.join(known)} and module:function@revision")
+    check_pinned("model", reference, (difflib.get_close_matches(reference, known, n=1, cutoff=0.4) or known)[0])
+    if options.backend == "openai":
+        return
+    name, _ = hub.split(reference)
+    if "/" not in name and not hub.is_folder(name):
+        ways = "org/name@commit, ./folder@digest and module:function@revision"
+        raise ModelError(f"model: {reference!r} is not a {role}; there are {', '.join(known)}, {ways}")
+    hub.check(reference)
 
 
 def check_pinned(option: str, reference: str, example: str) -> None:
     """Raise ModelError unless a reference is `name@revision`."""
-    name, _, revision = reference.partition("@")
+    name, revision = hub.split(reference)
     if not name or not revision:
         raise ModelError(f"{option}: {reference!r} is not pinned; write name@revision, as in {example!r}")
 
 
-def open_captioner(reference: str) -> Captioner:
+def open_captioner(options: Captioning) -> Captioner:
     """Load a captioner. Raises ModelError, one line that says what is missing."""
-    if reference == ALT_TEXT:
-        return _alt_text
-    if own := _own(reference):
-        own_captioner: Captioner = own()
-        return own_captioner
-    from . import tiny
+    if options.model == ALT_TEXT:
+        return _AltText()
+    if own := _own(options.model):
+        made = own()
+        return made if hasattr(made, "prepare") else plain_captioner(made)
+    if options.model in BUILT_IN["captioner"]:
+        from . import tiny
 
-    return tiny.open_captioner()
+        return plain_captioner(tiny.open_captioner())
+    from . import captioners
+
+    return captioners.open_captioner(options)
 
 
-def open_grounder(reference: str, score_floor: float) -> Grounder:
+def open_grounder(options: Grounding) -> Grounder:
     """Load a grounder that gives every pair at or above `score_floor`. Raises ModelError."""
-    if own := _own(reference):
-        own_grounder: Grounder = own(score_floor)
-        return own_grounder
-    from . import tiny
+    if own := _own(options.model):
+        made = own(options.score_floor)
+        return made if hasattr(made, "prepare") else Plain(made)
+    if options.model in BUILT_IN["grounder"]:
+        from . import tiny
 
-    return tiny.open_grounder(score_floor)
+        return Plain(tiny.open_grounder(options.score_floor))
+    from . import grounders
+
+    return grounders.open_grounder(options)
 
 
 def _own(reference: str) -> Callable[..., Any] | None:
@@ -70,5 +89,11 @@ def _own(reference: str) -> Callable[..., Any] | None:
         raise ModelError(f"model: {reference}: {error}") from None
 
 
-def _alt_text(images: Sequence[Image.Image], alt_texts: Sequence[str]) -> list[list[str]]:
-    return [[text] if text else [] for text in alt_texts]
+class _AltText:
+    """The web caption as it stands; images are not looked at, and need not be given."""
+
+    def prepare(self, jpegs: Sequence[bytes], alt_texts: Sequence[str]) -> Sequence[str]:
+        return alt_texts
+
+    def __call__(self, prepared: Sequence[str]) -> list[list[Written | Drop]]:
+        return [[Written(text)] if text else [] for text in prepared]

@@ -1,28 +1,45 @@
-"""What a captioner and a grounder are: two moments, open (build the model on the worker) and call (one batch).
+"""What a captioner and a grounder are: open (build the model on the worker), prepare (a batch, ahead), call (compute).
 
-A recipe names a model as `name@revision`: a built-in name (`tiny@1`, `alt_text@1`) or `module:function@revision` of the
-user's own: a function without arguments that returns a `Captioner`, or one that takes the score floor and returns a
-`Grounder`.
+`prepare` is what threads do while the device is busy with the batches before: decode, resize, tokenise, or send a
+request. It is called by several threads at once and touches no device. Calls come one at a time, in the order of the
+batches. A recipe names a model as `name@revision`: see `models/__init__.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+
+from ..transforms.images import decode
+from ..transforms.outcomes import Drop
+
+Out = TypeVar("Out", covariant=True)
 
 
 class ModelError(Exception):
     """A model cannot be opened: one line that says what is missing or wrong, and what to do about it."""
 
 
+@dataclass(frozen=True)
+class Written:
+    """A caption as a model wrote it; not `complete` where the token limit cut it off."""
+
+    text: str
+    complete: bool = True
+
+
 class Captioner(Protocol):
     """Writes captions for a batch of images."""
 
-    def __call__(self, images: Sequence[Image.Image], alt_texts: Sequence[str]) -> list[list[str]]:
-        """Take upright RGB images and their web captions ("" where there is none); return each image's captions."""
+    def prepare(self, jpegs: Sequence[bytes], alt_texts: Sequence[str]) -> Any:
+        """Take stored JPEGs (upright RGB) and their web captions ("" where there is none)."""
+        ...
+
+    def __call__(self, prepared: Any) -> list[list[Written | Drop]]:
+        """Return each image's captions, one for each prompt, or why there is none (a reason of the caption step)."""
         ...
 
 
@@ -43,6 +60,39 @@ class Detections:
 class Grounder(Protocol):
     """Finds the boxes that phrases speak of."""
 
-    def __call__(self, images: Sequence[Image.Image], phrases: Sequence[Sequence[str]]) -> list[Detections]:
-        """Take upright RGB images and each image's own phrases (maybe none); return every scored pair per image."""
+    def prepare(self, jpegs: Sequence[bytes], phrases: Sequence[Sequence[str]]) -> Any:
+        """Take stored JPEGs (upright RGB) and each image's own phrases (maybe none)."""
         ...
+
+    def __call__(self, prepared: Any) -> list[Detections]:
+        """Return every scored pair of each image."""
+        ...
+
+
+# What a user's own model, or a small one, may be instead: one function of the decoded images.
+PlainCaptioner = Callable[[Sequence[Image.Image], Sequence[str]], list[list[str]]]
+PlainGrounder = Callable[[Sequence[Image.Image], Sequence[Sequence[str]]], list[Detections]]
+
+
+class Plain(Generic[Out]):
+    """A function of decoded images and their texts as a model in two moments: decoding runs ahead."""
+
+    def __init__(self, function: Callable[[Sequence[Image.Image], Sequence[Any]], list[Out]]) -> None:
+        self._function = function
+
+    def prepare(self, jpegs: Sequence[bytes], texts: Sequence[Any]) -> tuple[list[Image.Image], Sequence[Any]]:
+        """Decode."""
+        return [decode(jpeg) for jpeg in jpegs], texts
+
+    def __call__(self, prepared: tuple[list[Image.Image], Sequence[Any]]) -> list[Out]:
+        """Compute."""
+        return self._function(*prepared)
+
+
+def plain_captioner(function: PlainCaptioner) -> Captioner:
+    """Make a captioner of a function that takes images and alt texts and returns each image's captions as texts."""
+
+    def write(images: Sequence[Image.Image], alt_texts: Sequence[str]) -> list[list[Written | Drop]]:
+        return [[Written(text) for text in texts] for texts in function(images, alt_texts)]
+
+    return Plain(write)

@@ -19,8 +19,8 @@ from importlib.metadata import version
 from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_address, ip_network
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..transforms.options import operational
 from ..transforms.outcomes import Drop
-from .stage import operational
 
 if TYPE_CHECKING:  # aiohttp takes a sixth of a second to import: only a worker that fetches pays for it
     import aiohttp

@@ -1,20 +1,28 @@
 """The guard around a step's function: one bad sample costs one sample, never a batch, a part or a run."""
 
+from concurrent.futures import Future
+from typing import Any
+
 import pyarrow as pa
 
 from ..models.contract import ModelError
 from ..transforms.outcomes import Drop
-from .stage import Function, answer
+from .stage import Function, InTwo, answer
 
 
-def guarded(function: Function, batch: pa.Table, step: str, emits: pa.Schema) -> pa.Table:
+def guarded(
+    function: Function, batch: pa.Table, step: str, emits: pa.Schema, prepared: Future[Any] | None = None
+) -> pa.Table:
     """Call `function`; where it raises, halve the batch until the one bad row is alone, which fails with its error.
 
-    Halving also is the answer to an accelerator that is out of memory. Raises ModelError only, as that is no sample's
-    fault.
+    `prepared` is what a function in two moments has made of the batch ahead; a half is prepared anew.
+    Halving also is the answer to an accelerator that is out of memory. Raises ModelError only: no sample's fault.
     """
     try:
-        result = function(batch)
+        if prepared is not None and isinstance(function, InTwo):
+            result = function.finish(batch, prepared.result())
+        else:
+            result = function(batch)
         if not result["key"].equals(batch["key"]):
             raise ValueError("the function did not answer with the rows that it was given")
         return result

@@ -63,6 +63,7 @@ class Plan:
             steps=self.steps,
             inputs=tuple(input_tables(self.dataset)) if self.dataset else (),
             batch={step.name: engine.of(step.name).batch or 32 for step in self.steps},
+            threads={step.name: engine.of(step.name).threads for step in self.steps},
             save_every_s=engine.save_every_s,
         )
 

@@ -130,7 +130,7 @@ def _check(recipe: Recipe, path: str) -> None:
     counts = {"dataset.rows_per_part": recipe.dataset.rows_per_part, "engine.workers": recipe.engine.workers}
     for step in dataclasses.fields(Steps):
         resources = getattr(recipe.engine, step.name)
-        for name in ("workers", "min_workers", "batch"):
+        for name in ("workers", "min_workers", "batch", "threads"):
             counts[f"engine.{step.name}.{name}"] = getattr(resources, name)
         for name in ("cpus", "gpus"):
             if (getattr(resources, name) or 0) < 0:

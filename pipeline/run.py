@@ -10,12 +10,13 @@ from typing import Any
 
 from rich.console import Console
 
+from ..transforms.options import identity
 from .engines import Engine, Event, Listener
 from .ingest import ingest
 from .plan import Plan, chain, make_plan, provenance
 from .progress import Display, Tally
 from .recipe import Recipe
-from .stage import identity, part_name
+from .stage import part_name
 from .store import Store, to_json
 from .work import Job
 

@@ -100,7 +100,13 @@ def _found(step: str, history: dict[str, Any]) -> list[tuple[str, Any]]:
         stored = f"{history['width']}x{history['height']} JPEG, {history['size']:,} bytes"
         return [("image", f"{source} -> {stored}, sha256 {history['sha256'][:16]}")]
     if step == "caption":
-        return [(c["model"], c["text"]) for c in history["captions"]]
+        written: list[tuple[str, Any]] = [(c["model"], c["text"]) for c in history["captions"]]
+        for note in history["caption_notes"] or ():
+            end = "dropped" if note["caption"] is None else f"caption {note['caption'] + 1}"
+            written.append(
+                ("note", f"{note['model']}, prompt {note['prompt'] + 1}: {note['note']} ({end}): {note['text']}")
+            )
+        return written
     if step == "phrases":
         return [("phrases", "; ".join(p["text"] for p in history["phrases"]) or "none")]
     if step == "ground":

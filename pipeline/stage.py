@@ -5,23 +5,34 @@ order out, each with its outcome. A step is a stage whose result is stored; its 
 change that result.
 """
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import pyarrow as pa
-from PIL import Image
 
-from ..transforms import images
+from ..transforms.options import identity
 from ..transforms.outcomes import Drop, reason_of
 from ..transforms.records import OUTCOME
 from .store import Store
 
 Function = Callable[[pa.Table], pa.Table]
+
+
+class InTwo:
+    """A function in two moments: `prepare` runs in threads, ahead, while `finish` is at work on the batches before.
+
+    `prepare` must stand being called by several threads at once; `finish` gets what it made of the same batch.
+    """
+
+    def __init__(self, prepare: Callable[[pa.Table], Any], finish: Callable[[pa.Table, Any], pa.Table]) -> None:
+        self.prepare, self.finish = prepare, finish
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Do both."""
+        return self.finish(batch, self.prepare(batch))
 
 
 class Stage(Protocol):
@@ -85,21 +96,6 @@ class WithFiles(Protocol):
     def prefix(self, part: int) -> str:
         """How the names of a part's files begin."""
         ...
-
-
-def operational(default: Any) -> Any:
-    """Declare an option that cannot change a result (a timeout, a batch size): it stays out of the fingerprint."""
-    return dataclasses.field(default=default, metadata={"operational": True})
-
-
-def identity(options: Any) -> dict[str, Any]:
-    """The options of a dataclass that can change a result, nested dataclasses included."""
-    found: dict[str, Any] = {}
-    for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
-        if not field.metadata.get("operational"):
-            found[field.name] = identity(value) if dataclasses.is_dataclass(value) else value
-    return found
 
 
 @dataclass(frozen=True)
@@ -171,9 +167,3 @@ def answer(batch: pa.Table, step: str, results: Sequence[dict[str, Any] | Drop],
         values = [None if isinstance(result, Drop) else result[field.name] for result in results]
         columns.append(pa.array(values, field.type))
     return pa.Table.from_arrays(columns, schema=pa.schema([*OUTCOME, *adds]))
-
-
-def decoded(batch: pa.Table) -> list[Image.Image]:
-    """The batch's stored images as upright RGB, decoded side by side (Pillow lets go of the interpreter's lock)."""
-    with ThreadPoolExecutor(4) as pool:
-        return list(pool.map(images.decode, batch["image"].to_pylist()))

@@ -19,7 +19,7 @@ from ..models.contract import ModelError
 from ..transforms.outcomes import Drop
 from ..transforms.records import ADDS, INPUT, step_schema
 from .guard import guarded
-from .stage import Function, Sink, Stage, Step, WithFiles, answer, part_name
+from .stage import Function, InTwo, Sink, Stage, Step, WithFiles, answer, part_name
 from .store import Store, encode_table, wip
 
 _AHEAD = 2  # batches read while the model is busy
@@ -35,6 +35,7 @@ class Job:
     steps: tuple[Step, ...]
     inputs: tuple[str, ...]  # the input table of every part
     batch: Mapping[str, int]
+    threads: Mapping[str, int]  # that prepare batches ahead, by step
     save_every_s: float
 
     def open_store(self) -> Store:
@@ -134,9 +135,11 @@ def run_part(
         attempt.on_rows(saver.done)
         function = _open(opener, stage) if saver.done < len(given.rows) else None
         size = 1 if attempt.alone else job.batch[step.name]
-        for batch in _ahead(store, given, stage, saver.done, size):
+        # A row that is tried alone is also prepared alone, so that the right one is blamed where preparing kills.
+        early = function if isinstance(function, InTwo) and not attempt.alone else None
+        for batch, prepared in _ahead(store, given, stage, (saver.done, size), early, job.threads.get(step.name, 1)):
             assert function is not None
-            result = _attempt(function, batch, stage, attempt)
+            result = _attempt(function, batch, stage, attempt, prepared)
             saver.add(sink.add(result) if sink else result)
             attempt.on_rows(len(batch))
         attempt.on_key(None)  # a death from here on is no row's fault
@@ -158,17 +161,25 @@ def _open(opener: Callable[[Stage], Function], stage: Stage) -> Function:
         raise ModelError(f"{stage.name}: the model cannot be opened: {type(error).__name__}: {text}") from error
 
 
-def _attempt(function: Function, batch: pa.Table, stage: Stage, attempt: Attempt) -> pa.Table:
+def _attempt(
+    function: Function, batch: pa.Table, stage: Stage, attempt: Attempt, prepared: Future[Any] | None
+) -> pa.Table:
     key = batch["key"][0].as_py()
     if attempt.alone and key in attempt.culprits:
         return answer(batch, stage.name, [Drop("crashed", "killed its worker when it was tried alone")], stage.emits)
     if attempt.alone:
         attempt.on_key(key)
-    return guarded(function, batch, stage.name, stage.emits)
+    return guarded(function, batch, stage.name, stage.emits, prepared)
 
 
-def _ahead(store: Store, given: Incoming, stage: Stage, start: int, size: int) -> Iterator[pa.Table]:
-    """The batches from row `start` on, with their images, read by a thread while the batch before is at work."""
+def _ahead(
+    store: Store, given: Incoming, stage: Stage, span: tuple[int, int], early: InTwo | None, threads: int
+) -> Iterator[tuple[pa.Table, Future[Any] | None]]:
+    """The batches from row `start` on, of `size` rows, with their images, while the batch before is at work.
+
+    One thread reads; `threads` more prepare what was read, for a function `early` that works in two moments.
+    """
+    start, size = span
 
     def read(first: int) -> pa.Table:
         batch = given.rows.slice(first, size)
@@ -179,14 +190,25 @@ def _ahead(store: Store, given: Incoming, stage: Stage, start: int, size: int) -
         images = store.read_ranges(given.tar, [(o, o + s) for o, s in zip(offsets, sizes, strict=True)])
         return batch.append_column("image", pa.array(images, pa.binary()))
 
-    with ThreadPoolExecutor(1) as pool:
-        pending: deque[Future[pa.Table]] = deque()
-        for first in range(start, len(given.rows), size):
-            pending.append(pool.submit(read, first))
-            if len(pending) > _AHEAD:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+    def prepare(reading: Future[pa.Table]) -> Any:
+        assert early is not None
+        return early.prepare(reading.result())
+
+    ahead = threads + 1 if early else _AHEAD
+    pending: deque[tuple[Future[pa.Table], Future[Any] | None]] = deque()
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(threads) as preparer:
+        try:
+            for first in range(start, len(given.rows), size):
+                reading = reader.submit(read, first)
+                pending.append((reading, preparer.submit(prepare, reading) if early else None))
+                if len(pending) > ahead:
+                    batch, prepared = pending.popleft()
+                    yield batch.result(), prepared
+            for batch, prepared in pending:
+                yield batch.result(), prepared
+        finally:
+            preparer.shutdown(cancel_futures=True)
+            reader.shutdown(cancel_futures=True)
 
 
 def _footer(step: Step, part: int, given: Incoming, table: pa.Table, files: dict[str, Any]) -> dict[str, Any]:

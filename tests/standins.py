@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from vesl.models.contract import Captioner, Detections, Grounder
+from vesl.models.contract import Detections, PlainCaptioner, PlainGrounder
 
 
-def grounder(score_floor: float) -> Grounder:
+def grounder(score_floor: float) -> PlainGrounder:
     """Two boxes a phrase, which depend on the phrase and the image only."""
 
     def ground(images: Sequence[Image.Image], phrases: Sequence[Sequence[str]]) -> list[Detections]:
@@ -38,7 +38,7 @@ def _detections(image: Image.Image, phrases: Sequence[str], score_floor: float) 
     )
 
 
-def captioner() -> Captioner:
+def captioner() -> PlainCaptioner:
     """Says the alt text, unless that asks for trouble: `raise`, `kill`, `exhaust`, `silence`.
 
     The environment makes it slow, talkative, and note what it was asked: STANDIN_WAIT_S, STANDIN_SAYS, STANDIN_LOG.
@@ -67,7 +67,7 @@ def captioner() -> Captioner:
     return caption
 
 
-def broken_grounder(score_floor: float) -> Grounder:
+def broken_grounder(score_floor: float) -> PlainGrounder:
     """Answers with a phrase that nobody asked for."""
 
     def ground(images: Sequence[Image.Image], phrases: Sequence[Sequence[str]]) -> list[Detections]:

@@ -82,7 +82,7 @@ def test_constraints_name_every_dependency() -> None:
         *project["dependencies"],
         *(
             d
-            for extra in ("s3", "tiny", "train", "ray", "beam", "dev")
+            for extra in ("s3", "tiny", "models", "train", "ray", "beam", "dev")
             for d in project["optional-dependencies"][extra]
         ),
     ]

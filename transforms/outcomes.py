@@ -60,7 +60,16 @@ REASONS: dict[str, dict[str, Reason]] = {
         "too_small": Reason("rejected", "a side shorter than the limit"),
         "bad_aspect": Reason("rejected", "longer for its width than the limit"),
     },
-    "caption": {
+    "caption": {  # where several captions of an image end differently: faults first, then in this order
+        "endpoint_error": Reason(
+            "failed", "no usable answer from the server, however often it was asked", transient=True
+        ),
+        "endpoint_refused": Reason("failed", "the server refuses this request (code and message in the detail)"),
+        "content_filter": Reason("rejected", "the server's content filter stopped the image or the caption"),
+        "refusal": Reason("rejected", "the model declined to describe the image"),
+        "wrong_language": Reason("rejected", "the caption is surely in another language than the recipe wants"),
+        "repetition": Reason("rejected", "the model went round in a loop, and nothing usable stands before it"),
+        "prompt_echo": Reason("rejected", "the model said its prompt back, and nothing else"),
         "empty_caption": Reason("rejected", "no caption: the web caption is empty, or the model wrote nothing"),
     },
     "phrases": {},

@@ -23,6 +23,17 @@ OUTCOME = [
 
 BOX = pa.list_(pa.field("item", pa.float32(), nullable=False), 4)  # x0, y0, x1, y1 in 0..1 of the stored image
 CAPTION = pa.struct([("text", pa.string()), ("model", pa.string())])
+# What was done to what `model` wrote to its prompt of that index: `caption` is the index in the row's captions, null
+# where nothing is left; `text` is the original (or what a server said), at most 500 characters, null where it is empty.
+CAPTION_NOTE = pa.struct(
+    [
+        ("model", pa.string()),
+        ("prompt", pa.int16()),
+        ("caption", pa.int16()),
+        ("note", pa.string()),
+        ("text", pa.string()),
+    ]
+)
 # `caption` is the index in the row's captions; [start, end) are character positions in its text.
 PHRASE = pa.struct([("text", pa.string()), ("caption", pa.int16()), ("start", pa.int32()), ("end", pa.int32())])
 # One pair of a box and a phrase; `phrase` is the index in the row's phrases.
@@ -44,7 +55,7 @@ ADDS: dict[str, pa.Schema] = {
             ("size", pa.int32()),  # in bytes
         ]
     ),
-    "caption": pa.schema([("captions", pa.list_(CAPTION))]),
+    "caption": pa.schema([("captions", pa.list_(CAPTION)), ("caption_notes", pa.list_(CAPTION_NOTE))]),
     "phrases": pa.schema([("phrases", pa.list_(PHRASE))]),
     "ground": pa.schema([("detections", pa.list_(DETECTION)), ("truncated", pa.bool_())]),
     # For each detection: "kept", or the rule that rejected it.

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ..contract import Captioner
+from ..contract import PlainCaptioner
 from . import regions
 from .regions import COLOURS, Box, Floats, Mask, area, iou, overlap
 from .scene import Eyes, Scene, eyes
@@ -167,7 +167,7 @@ def write(sight: Eyes, scene: Scene) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def open_captioner() -> Captioner:
+def open_captioner() -> PlainCaptioner:
     """Open the captioner: one caption an image, or none. It does not read the alt text. Raises ModelError as `eyes`."""
     sight = eyes()
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from ..contract import Detections, Grounder
+from ..contract import Detections, PlainGrounder
 from . import regions
 from .regions import COLOURS, Box, iou, overlap, window
 from .scene import Scene, eyes
@@ -15,7 +15,7 @@ NMS_IOU = 0.5  # boxes of one phrase overlap no more than this
 LEAST = 0.01  # boxes are weighed against each other down to here, whatever the floor, so that a floor only cuts
 
 
-def open_grounder(score_floor: float) -> Grounder:
+def open_grounder(score_floor: float) -> PlainGrounder:
     """Open the grounder; it reports pairs at or above score_floor (and LEAST). Raises ModelError as `eyes` does."""
     sight = eyes()
 

@@ -15,10 +15,11 @@ class EngineError(Exception):
 
 @dataclass(frozen=True)
 class Resources:
-    """What one step gets on the engine: parts at a time (default: all workers), and rows per batch."""
+    """What one step gets on the engine: parts at a time (default: all workers), rows per batch, and so on."""
 
     workers: int | None = None
     batch: int | None = None
+    threads: int = 2  # in each worker, that decode and preprocess ahead of the model
     min_workers: int | None = None  # where the pool may grow and shrink between this and `workers`; on ray
     cpus: float | None = None  # for each worker; on ray
     gpus: float | None = None  # for each worker; on ray and beam

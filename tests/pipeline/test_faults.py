@@ -119,7 +119,7 @@ def test_a_part_packed_again_leaves_no_shard_of_before(world: World) -> None:
     world.document["steps"]["caption"]["model"] = "tests.standins:captioner@1"
     world.document["steps"]["pack"] = {"max_shard_bytes": 9000}
     world.write()
-    long = {"STANDIN_SAYS": " and a lamp" * 300}
+    long = {"STANDIN_SAYS": "".join(f" and lamp {i}" for i in range(300))}
     assert world.run("run", env=long).returncode == 0
     (table,) = Path(world.store).glob("caption/*/part-00000.parquet")
     table.unlink()

@@ -55,7 +55,8 @@ class Said:
         def say(batch: pa.Table) -> pa.Table:
             assert all(image.startswith(b"\xff\xd8") for image in batch["image"].to_pylist())
             texts = [f"{text}{self.says}" for text in batch["alt_text"].to_pylist()]
-            return answer(batch, self.name, [{"captions": [{"text": t, "model": "x@1"}]} for t in texts], self.emits)
+            rows = [{"captions": [{"text": t, "model": "x@1"}], "caption_notes": []} for t in texts]
+            return answer(batch, self.name, rows, self.emits)
 
         return say
 
@@ -69,7 +70,7 @@ def job_for(store: Store, *steps: Step, save_every_s: float = 60.0, alt: str = "
     table = pa.table({**rows, "source": ["a"] * ROWS, "row": range(ROWS)}, schema=INPUT)
     store.create(f"input/x/{TABLE}", encode_table(table, {"rows": ROWS}))
     batch = {step.name: 2 for step in steps}
-    return Job(store.url, {}, steps, (f"input/x/{TABLE}",), batch, save_every_s)
+    return Job(store.url, {}, steps, (f"input/x/{TABLE}",), batch, {}, save_every_s)
 
 
 def interrupted_after(batches: int, stage: Drawn | Said, asked: list[str]) -> Function:
@@ -203,7 +204,7 @@ def test_the_guard_fails_rows_by_their_own_error() -> None:
             raise MemoryError
         if "c" in keys:
             raise ValueError("two\nlines and half a pair \ud800 " + "x" * 1000)
-        return answer(batch, "caption", [{"captions": []}] * len(batch), ADDS["caption"])
+        return answer(batch, "caption", [{"captions": [], "caption_notes": []}] * len(batch), ADDS["caption"])
 
     rows = guarded(hostile, BATCH, "caption", ADDS["caption"]).to_pylist()
     assert [(row["key"], row["outcome"], row["reason"]) for row in rows] == [
@@ -215,7 +216,7 @@ def test_the_guard_fails_rows_by_their_own_error() -> None:
 
 def test_the_guard_takes_no_answer_for_other_rows() -> None:
     def muddled(batch: pa.Table) -> pa.Table:
-        found = answer(batch, "caption", [{"captions": []}] * len(batch), ADDS["caption"])
+        found = answer(batch, "caption", [{"captions": [], "caption_notes": []}] * len(batch), ADDS["caption"])
         return found.take(list(range(len(found)))[::-1])
 
     rows = guarded(muddled, BATCH, "caption", ADDS["caption"])

@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests import photos
 from vesl.models import tiny
-from vesl.models.contract import Captioner, Detections, Grounder
+from vesl.models.contract import Detections, PlainCaptioner, PlainGrounder
 from vesl.models.tiny import captioner, regions, scene, vocabulary
 
 PHOTOS = {
@@ -54,12 +54,12 @@ def beside(*names: str) -> Image.Image:
 
 
 @pytest.fixture(scope="module")
-def ground() -> Grounder:
+def ground() -> PlainGrounder:
     return tiny.open_grounder(tiny.FLOOR)
 
 
 @pytest.fixture(scope="module")
-def caption() -> Captioner:
+def caption() -> PlainCaptioner:
     return tiny.open_captioner()
 
 
@@ -81,19 +81,19 @@ def same(one: Detections, other: Detections) -> bool:
 
 
 @pytest.mark.parametrize(("name", "phrase"), BOXES)
-def test_a_present_thing_gets_its_box(ground: Grounder, name: str, phrase: str) -> None:
+def test_a_present_thing_gets_its_box(ground: PlainGrounder, name: str, phrase: str) -> None:
     box, score = best(ground([photo(name)], [[phrase]])[0], 0)
     assert score >= tiny.SELECT
     assert regions.iou(box, BOXES[name, phrase]) >= 0.6  # type: ignore[arg-type]
 
 
-def test_absent_things_stay_below_the_threshold(ground: Grounder) -> None:
+def test_absent_things_stay_below_the_threshold(ground: PlainGrounder) -> None:
     found = ground([photo(name) for name in PHOTOS], [ABSENT] * len(PHOTOS))
     loud = [(name, ABSENT[k]) for name, one in zip(PHOTOS, found, strict=True) for k in one.phrases[one.scores >= 0.2]]
     assert not loud
 
 
-def test_a_plural_keeps_a_box_for_each(ground: Grounder) -> None:
+def test_a_plural_keeps_a_box_for_each(ground: PlainGrounder) -> None:
     people, cats = ground([beside("astronaut", "hopper"), beside("chelsea", "chelsea")], [["two people"], ["cats"]])
     for found, middle in ((people, 300 / (300 + 300 * 512 / 600)), (cats, 0.5)):
         strong = found.boxes[found.scores >= 0.5]
@@ -102,12 +102,12 @@ def test_a_plural_keeps_a_box_for_each(ground: Grounder) -> None:
         assert centres[0] < middle < centres[1]
 
 
-def test_two_phrases_share_one_box(ground: Grounder) -> None:
+def test_two_phrases_share_one_box(ground: PlainGrounder) -> None:
     found = ground([photo("chelsea")], [["a cat", "an animal"]])[0]
     assert best(found, 0)[0] == best(found, 1)[0] != ()
 
 
-def test_detections_keep_the_contract(ground: Grounder) -> None:
+def test_detections_keep_the_contract(ground: PlainGrounder) -> None:
     for name in PHOTOS:
         found = ground([photo(name)], [["a person", "a red thing", "a cup", "a wheel"]])[0]
         assert (found.boxes.dtype, found.phrases.dtype, found.scores.dtype) == (np.float32, np.int16, np.float32)
@@ -118,7 +118,7 @@ def test_detections_keep_the_contract(ground: Grounder) -> None:
         assert (found.boxes[:, :2] < found.boxes[:, 2:]).all()
 
 
-def test_floor_only_cuts(ground: Grounder) -> None:
+def test_floor_only_cuts(ground: PlainGrounder) -> None:
     images, asked = (
         [photo(name) for name in PHOTOS],
         [["an animal", "a cup", "a person", "a building", "flowers"]] * len(PHOTOS),
@@ -141,7 +141,7 @@ def test_a_kind_is_not_its_neighbour() -> None:
     assert kitten[beagle] < 0.3
 
 
-def test_an_image_does_not_depend_on_its_batch(ground: Grounder, caption: Captioner) -> None:
+def test_an_image_does_not_depend_on_its_batch(ground: PlainGrounder, caption: PlainCaptioner) -> None:
     names, asked = ["chelsea", "coffee", "astronaut"], [["a cat", "a dog"], [], ["the helmet", "a cat"]]
     images = [photo(name) for name in names]
     together = ground(images, asked)
@@ -163,7 +163,7 @@ def test_an_image_does_not_depend_on_its_batch(ground: Grounder, caption: Captio
         ("flower", r"^An orange flower"),
     ],
 )
-def test_captions_say_what_is_there(caption: Captioner, name: str, words: str) -> None:
+def test_captions_say_what_is_there(caption: PlainCaptioner, name: str, words: str) -> None:
     ((text,),) = caption([photo(name)], [""])
     assert re.search(words, text), text
     assert text[0].isupper()
@@ -171,20 +171,20 @@ def test_captions_say_what_is_there(caption: Captioner, name: str, words: str) -
     assert not re.search(r"\ba [aeiou]|\ban [^aeiouAEIOU]|  ", text)
 
 
-def test_no_caption_without_evidence(caption: Captioner) -> None:
+def test_no_caption_without_evidence(caption: PlainCaptioner) -> None:
     """Photographs of nothing that the networks know: grass, coins, stars, a blurred dial, one colour."""
     names = ("grass.png", "coins.png", "hubble_deep_field.jpg", "clock_motion.png")
     images = [Image.new("RGB", (300, 200), "teal"), *(photos.photo(f"skimage/data/{name}") for name in names)]
     assert caption(images, [""] * 5) == [[]] * 5
 
 
-def test_captions_count(caption: Captioner) -> None:
+def test_captions_count(caption: PlainCaptioner) -> None:
     people, cats = caption([beside("astronaut", "hopper"), beside("chelsea", "chelsea")], ["", ""])
     assert people[0].startswith("Two people")
     assert re.match(r"Two .*cats", cats[0])
 
 
-def test_what_is_captioned_is_found(ground: Grounder, caption: Captioner) -> None:
+def test_what_is_captioned_is_found(ground: PlainGrounder, caption: PlainCaptioner) -> None:
     phrases = {"chelsea": "cat", "coffee": "cup of espresso", "motorcycle": "motorcycle", "camera": "tripod"}
     for name, phrase in phrases.items():
         assert phrase in caption([photo(name)], [""])[0][0]
@@ -192,7 +192,7 @@ def test_what_is_captioned_is_found(ground: Grounder, caption: Captioner) -> Non
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (2, 2), (37, 900), (4000, 30)])
-def test_any_shape_of_image(ground: Grounder, caption: Captioner, size: tuple[int, int]) -> None:
+def test_any_shape_of_image(ground: PlainGrounder, caption: PlainCaptioner, size: tuple[int, int]) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8))
     for image in (noise, Image.new("RGB", size), photo("chelsea").resize(size)):
         found = ground([image], [["a cat", "a red bus"]])[0]
@@ -200,7 +200,7 @@ def test_any_shape_of_image(ground: Grounder, caption: Captioner, size: tuple[in
         assert len(caption([image], [""])[0]) <= 1
 
 
-def test_any_phrase(ground: Grounder) -> None:
+def test_any_phrase(ground: PlainGrounder) -> None:
     phrases = [
         "",
         " ",

@@ -1,0 +1,49 @@
+"""Where a model computes, and what happens when the device's memory runs out."""
+
+import pytest
+import torch
+
+from vesl.models.contract import ModelError
+from vesl.models.device import Pieces, moved, place
+from vesl.models.options import Grounding
+
+
+def test_no_gpu_where_one_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert place(Grounding("tiny@1")) == (torch.device("cpu"), torch.float32)
+    assert place(Grounding("tiny@1", dtype="float16"))[1] == torch.float16
+    with pytest.raises(ModelError, match="device: cuda, but PyTorch sees no GPU here; auto takes what there is"):
+        place(Grounding("tiny@1", device="cuda"))
+
+
+def test_what_is_too_much_once_is_halved_from_then_on() -> None:
+    asked: list[tuple[int, int]] = []
+
+    def run(start: int, end: int) -> list[int]:
+        asked.append((start, end))
+        if end - start > 3:
+            raise torch.OutOfMemoryError
+        return list(range(start, end))
+
+    pieces = Pieces()
+    assert pieces(8, run) == list(range(8))
+    assert asked == [(0, 8), (0, 4), (0, 2), (2, 4), (4, 6), (6, 8)]
+    asked.clear()
+    assert pieces(3, run) == [0, 1, 2]
+    assert asked == [(0, 2), (2, 3)]
+    assert Pieces()(0, run) == []
+
+
+def test_one_row_that_is_too_much_is_told() -> None:
+    def run(start: int, end: int) -> list[int]:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Pieces()(4, run)
+
+
+def test_nested_tensors_move_and_the_rest_stays() -> None:
+    given = {"a": torch.ones(1), "b": [torch.zeros(2), (3, "x")]}
+    found = moved(given, torch.device("meta"))
+    assert found["a"].device.type == found["b"][0].device.type == "meta"
+    assert found["b"][1] == (3, "x")
