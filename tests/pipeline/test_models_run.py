@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.models.captioners.test_generate import llava
+from tests.models.captioners.test_openai import Server
 from tests.models.grounders import test_dino, test_owl
 from tests.world import World
 from vesl.models import hub
@@ -55,6 +56,36 @@ def test_a_run_with_transformers(world: World, tmp_path: Path, grounder: Any) ->
     for row in found:
         scores = [detection["score"] for detection in row["detections"]]
         assert scores == sorted(scores, reverse=True)
+
+
+def test_a_run_with_a_server(world: World) -> None:
+    world.list_urls("a", world.images(6))
+    server = Server()
+    key = "sk-of-this-test-only"
+    endpoint = {"url": server.url, "retries": 1, "timeout_s": 5.0}
+    caption = {"model": "org/model@1", "backend": "openai", "prompts": ["{alt_text}", "a cat"], "endpoint": endpoint}
+    world.document["steps"]["caption"] = caption
+    world.write()
+    try:
+        done = world.run("run", env={"OPENAI_API_KEY": key})
+    finally:
+        server.close()
+    assert done.returncode == 0, done.stderr
+    assert len(server.bodies) == 12
+    assert set(server.keys) == {f"Bearer {key}"}
+    rows = table(world, "caption")
+    assert [entry["text"] for entry in rows[0]["captions"]] == [
+        f"About {rows[0]['captions'][0]['text'][6:]}",
+        "About a cat.",
+    ]
+    assert all(key.encode() not in data for data in world.contents("").values())
+    world.list_urls("b", world.images(1, first=50))
+    done = world.run("run")  # and now it is gone
+    assert done.returncode == 1
+    assert server.url in done.stderr
+    assert "Traceback" not in done.stderr
+    shown = world.run("show", rows[0]["key"])
+    assert "About a cat." in shown.stdout
 
 
 def test_weights_that_changed_end_the_run_in_one_line(world: World, tmp_path: Path) -> None:
