@@ -6,6 +6,7 @@ from typing import Literal
 
 from ..transforms.options import operational
 
+ALT_CHARS = 2000  # of a web caption that enter a prompt: a page of text would pad the whole batch to its length
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]  # auto: bfloat16 on a GPU that has it, else float32
 
 

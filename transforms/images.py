@@ -6,6 +6,7 @@ opened directly: `Image.open` would add its own, process-wide pixel limit, and f
 
 import hashlib
 import io
+import math
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -125,6 +126,15 @@ def decode(jpeg: bytes) -> Image.Image:
     image = Jpeg.JpegImageFile(io.BytesIO(jpeg), "")
     image.load()
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def within(image: Image.Image, max_pixels: int | None) -> Image.Image:
+    """The image itself, or, where it has more than `max_pixels`, a smaller one of the same aspect that has no more."""
+    if max_pixels is None or image.width * image.height <= max_pixels:
+        return image
+    scale = math.sqrt(max_pixels / (image.width * image.height))
+    size = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
+    return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
 @contextmanager

@@ -35,14 +35,13 @@ from transformers.models.auto import processing_auto as processors
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import logging
 
-from ...transforms.images import decode
+from ...transforms.images import decode, within
 from ...transforms.outcomes import Drop
 from .. import hub
 from ..contract import Captioner, ModelError, Written
 from ..device import Pieces, moved, pinned, place
-from ..options import Captioning
+from ..options import ALT_CHARS, Captioning
 
-ALT_CHARS = 2000  # of a web caption that enter a prompt: one page of text would pad the whole batch to its length
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 _WORDS = ("tokenizer.json", "vocab.*", "*.model", "tekken.json")  # without any, transformers makes an empty tokenizer
 _TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # [1, tokens]; the rest is of the image
@@ -133,7 +132,7 @@ class Generate:
         """Decode, scale, write the prompts out and tokenise: for each prompt, a row for each image."""
         found: list[list[Row]] = [[] for _ in self.options.prompts]
         for jpeg, alt_text in zip(jpegs, alt_texts, strict=True):
-            image = shrink(decode(jpeg), self.options.max_pixels)
+            image = within(decode(jpeg), self.options.max_pixels)
             said = self._control.sub(" ", alt_text[:ALT_CHARS])
             for k, prompt in enumerate(self.options.prompts):
                 luck = hashlib.sha256(f"{self.options.seed} {k} ".encode() + hashlib.sha256(jpeg).digest())
@@ -226,15 +225,6 @@ def collate(rows: Sequence[Row], pad: int, side: str) -> dict[str, torch.Tensor]
             ]
         batch[name] = torch.cat(values)
     return batch
-
-
-def shrink(image: Image.Image, max_pixels: int | None) -> Image.Image:
-    """Scale an image of more than so many pixels down to that many, aspect kept."""
-    if max_pixels is None or image.width * image.height <= max_pixels:
-        return image
-    scale = math.sqrt(max_pixels / (image.width * image.height))
-    size = (max(1, math.floor(image.width * scale)), max(1, math.floor(image.height * scale)))
-    return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
 def load_model(options: Captioning, folder: Path, dtype: torch.dtype) -> Any:

@@ -9,7 +9,6 @@ import base64
 import difflib
 import io
 import json
-import math
 import os
 import random
 import re
@@ -23,11 +22,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 
-from ...transforms.images import decode
+from ...transforms.images import decode, within
 from ...transforms.outcomes import Drop
 from .. import hub
 from ..contract import ModelError, Written
-from ..options import Captioning, Endpoint
+from ..options import ALT_CHARS, Captioning, Endpoint
 
 if TYPE_CHECKING:  # aiohttp takes a sixth of a second to import
     import aiohttp
@@ -44,7 +43,6 @@ _FILTERED = re.compile(r"content.?(?:filter|policy|management)|moderation|safety
 _CONTROL = re.compile(
     r"<\|[^<>|]{1,40}\|>|</?(?:s|image|img|video|bos|eos|pad|unk|start_of_turn|end_of_turn)>|\[/?INST\]"
 )
-_ALT_CHARS = 2000  # of a web caption that enter a prompt
 
 Answers = list[list["Future[Written | Drop]"]]  # images by prompts
 
@@ -86,7 +84,7 @@ class OpenAI:
 
 def prompts(options: Captioning, alt_text: str) -> list[str]:
     """The prompts as they are sent: with the web caption filled in, less what would pass for control tokens."""
-    said = _CONTROL.sub(" ", alt_text[:_ALT_CHARS])
+    said = _CONTROL.sub(" ", alt_text[:ALT_CHARS])
     return [prompt.format(alt_text=said) for prompt in options.prompts]
 
 
@@ -103,23 +101,14 @@ def body(options: Captioning, image: str, prompt: str) -> dict[str, Any]:
     }
 
 
-def size_within(size: tuple[int, int], max_pixels: int | None) -> tuple[int, int]:
-    """Width and height scaled down, in proportion, to at most that many pixels."""
-    width, height = size
-    if max_pixels is None or width * height <= max_pixels:
-        return size
-    scale = math.sqrt(max_pixels / (width * height))
-    return max(1, int(width * scale)), max(1, int(height * scale))
-
-
 def data_url(jpeg: bytes, max_pixels: int | None) -> str:
     """The stored bytes; where the image has more pixels than the limit, a smaller JPEG of it."""
     if max_pixels is not None:
         with Image.open(io.BytesIO(jpeg), formats=("JPEG",)) as header:
             size = header.size
-        if (smaller := size_within(size, max_pixels)) != size:
+        if size[0] * size[1] > max_pixels:
             buffer = io.BytesIO()
-            decode(jpeg).resize(smaller, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
+            within(decode(jpeg), max_pixels).save(buffer, "JPEG", quality=95)
             jpeg = buffer.getvalue()
     return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
 

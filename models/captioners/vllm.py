@@ -9,14 +9,12 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from PIL import Image
-
-from ...transforms.images import decode
+from ...transforms.images import decode, within
 from ...transforms.outcomes import Drop
 from .. import hub
 from ..contract import ModelError, Written
 from ..options import Captioning
-from .openai import prompts, size_within
+from .openai import prompts
 
 Answers = list[list["Future[Written | Drop]"]]  # images by prompts
 Asked = tuple[dict[str, Any], "Future[Written | Drop]"]  # a request of vLLM's, and where its answer goes
@@ -76,13 +74,6 @@ def chat(options: Captioning, template: Callable[..., Any]) -> Callable[[str], l
     return written
 
 
-def picture(jpeg: bytes, max_pixels: int | None) -> Image.Image:
-    """A stored image, RGB, scaled down to the limit."""
-    image = decode(jpeg)
-    size = size_within(image.size, max_pixels)
-    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
-
-
 class VLLM:
     """Captions by an engine. `prepare` hands requests over and returns; calling waits for the answers, in order."""
 
@@ -96,7 +87,7 @@ class VLLM:
         """Decode, scale, write the prompts out, and ask."""
         asked: Answers = []
         for jpeg, alt_text in zip(jpegs, alt_texts, strict=True):
-            image = picture(jpeg, self._options.max_pixels)
+            image = within(decode(jpeg), self._options.max_pixels)
             asked.append([Future() for _ in self._options.prompts])
             for prompt, answer in zip(self._templates(alt_text), asked[-1], strict=True):
                 self._queue.put(({"prompt": prompt, "multi_modal_data": {"image": image}}, answer))

@@ -20,8 +20,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from vesl.models import hub, open_captioner
 from vesl.models.captioners import generate
 from vesl.models.contract import ModelError, Written
-from vesl.models.options import Captioning
-from vesl.transforms.images import decode
+from vesl.models.options import ALT_CHARS, Captioning
+from vesl.transforms.images import decode, within
 
 CHAT = (
     "{% for message in messages %}{{ message['role'] }}: {% for part in message['content'] %}"
@@ -313,7 +313,7 @@ def test_web_captions_cannot_speak_the_models_control_tokens(zoo: dict[str, str]
     captioner: Any = open_captioner(options(zoo[name], prompts=("Say {alt_text}!",)))
     fine, bad = (captioner.prepare(JPEGS[:1], [alt])[0][0].inputs["input_ids"][0] for alt in ("", evil))
     assert (fine >= LETTERS).sum() == (bad >= LETTERS).sum()
-    assert len(bad) < len(fine) + generate.ALT_CHARS + 1
+    assert len(bad) < len(fine) + ALT_CHARS + 1
     assert captioner(captioner.prepare(JPEGS, [evil] * 4))
 
 
@@ -332,10 +332,10 @@ def test_threads_prepare_at_once_what_one_alone_prepares(zoo: dict[str, str]) ->
 
 def test_large_images_are_scaled_down_before_the_processor(zoo: dict[str, str]) -> None:
     image = Image.new("RGB", (4000, 1000))
-    assert generate.shrink(image, None) is image
-    assert generate.shrink(image, 4_000_000) is image
-    assert generate.shrink(image, 10_000).size == (200, 50)
-    assert generate.shrink(image, 1).size == (2, 1) or generate.shrink(image, 1).size == (1, 1)
+    assert within(image, None) is image
+    assert within(image, 4_000_000) is image
+    assert within(image, 10_000).size == (200, 50)
+    assert within(image, 1).size == (2, 1) or within(image, 1).size == (1, 1)
     captioner: Any = open_captioner(options(zoo["qwen2_vl"], max_pixels=60 * 60))
     sizes = [row.inputs["pixel_values"].shape[0] for row in captioner.prepare([jpeg(400, 300, 7)], [""])[0]]
     assert sizes == [16]

@@ -26,6 +26,7 @@ from vesl.models.captioners import openai, vllm
 from vesl.models.contract import ModelError, Written
 from vesl.models.options import Captioning, Endpoint
 from vesl.pipeline.steps.caption import Caption
+from vesl.transforms.images import decode, within
 from vesl.transforms.outcomes import Drop
 
 KEY = "sk-test-0123456789abcdef"
@@ -535,7 +536,7 @@ def test_vllm_keeps_its_engine_full_and_the_order() -> None:
     engine, options = Engine(), Captioning("x/y@1", "vllm", ("1 {alt_text}", "2 {alt_text}"), max_pixels=100)
     captioner = vllm.VLLM(options, engine, None, vllm.chat(options, template))
     batches = [captioner.prepare([jpeg(i)] * 4, [f"{i} {k} cut" for k in range(4)]) for i in range(2)]
-    width = vllm.picture(jpeg(0), 100).width
+    width = within(decode(jpeg(0)), 100).width
     for i, batch in enumerate(batches):
         assert captioner(batch) == [
             [Written(f"<image>{p} {i} {k} cut {width}", complete=False) for p in (1, 2)] for k in range(4)
