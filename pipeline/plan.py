@@ -111,7 +111,9 @@ def chain(recipe: Recipe, store: Store) -> tuple[Step, ...]:
     """
     steps: list[Step] = []
     for field in dataclasses.fields(Steps):
-        stage: Stage = getattr(recipe.steps, field.name)
+        stage: Stage | None = getattr(recipe.steps, field.name)
+        if stage is None:  # an optional step that the recipe does not have
+            continue
         parent = steps[-1].fingerprint if steps else INPUT_FINGERPRINT
         steps.append(Step(stage, parent))
         adopted = recipe.use.get(field.name)

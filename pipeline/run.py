@@ -1,6 +1,5 @@
 """`vesl run`: ingest what is new, carry the parts through what is missing, write the index, keep a record."""
 
-import dataclasses
 import os
 import platform
 import sys
@@ -157,7 +156,7 @@ def described(recipe: Recipe) -> dict[str, Any]:
     d = recipe.dataset
     return {
         "dataset": {"name": d.name, "url_column": d.url_column, "caption_column": d.caption_column},
-        "steps": {f.name: identity(getattr(recipe.steps, f.name)) for f in dataclasses.fields(recipe.steps)},
+        "steps": {name: identity(stage) for name, stage in vars(recipe.steps).items() if stage is not None},
         "use": dict(recipe.use),
     }
 
