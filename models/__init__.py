@@ -1,11 +1,12 @@
-"""Captioners and grounders, by reference. Each module imports its heavy libraries only when a model is opened.
+"""Captioners, grounders and scorers, by reference. Each module imports its heavy libraries only when a model is opened.
 
 A reference is `name@revision`:
-- built in: `tiny@1` (both roles) and `alt_text@1` (captioner: the web caption as it stands);
+- built in: `tiny@1` (every role; as a scorer it is a second grounder) and `alt_text@1` (captioner: the web caption
+  as it stands);
 - `org/name@commit` on the Hugging Face hub, or a folder `./path@digest`: the config says which architecture it is;
 - with `backend: openai`, the name under which a server knows the model, and a revision that is yours to state;
-- a user's own, `module:function@revision`: a function without arguments that returns a captioner, or one that takes
-  the score floor and returns a grounder; either as in `contract.py`, or plain, a function of decoded images.
+- a user's own, `module:function@revision`: a function without arguments that returns a captioner or a scorer, or one
+  that takes the score floor and returns a grounder; either as in `contract.py`, or plain, a function of decoded images.
 """
 
 import difflib
@@ -16,23 +17,29 @@ from typing import Any, Literal
 
 from ..transforms.outcomes import Drop
 from . import hub
-from .contract import Captioner, Grounder, ModelError, Plain, Written, plain_captioner
-from .options import Captioning, Grounding
+from .contract import Captioner, Grounder, ModelError, Plain, Scorer, Written, plain_captioner
+from .options import Captioning, Grounding, Scoring
 
-Role = Literal["captioner", "grounder"]
+Role = Literal["captioner", "grounder", "scorer"]
 ALT_TEXT = "alt_text@1"
-BUILT_IN: dict[Role, tuple[str, ...]] = {"captioner": ("tiny@1", ALT_TEXT), "grounder": ("tiny@1",)}
+BUILT_IN: dict[Role, tuple[str, ...]] = {
+    "captioner": ("tiny@1", ALT_TEXT),
+    "grounder": ("tiny@1",),
+    "scorer": ("tiny@1",),
+}
 _OWN = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)@(.+)")
 
 
-def check(options: Captioning | Grounding) -> None:
+def check(options: Captioning | Grounding | Scoring) -> None:
     """Raise ModelError unless the options name a pinned model. Opens nothing."""
-    role: Role = "captioner" if isinstance(options, Captioning) else "grounder"
+    role: Role = "scorer"
+    if not isinstance(options, Scoring):
+        role = "captioner" if isinstance(options, Captioning) else "grounder"
     reference, known = options.model, BUILT_IN[role]
     if reference in known or _OWN.fullmatch(reference):
         return
     check_pinned("model", reference, (difflib.get_close_matches(reference, known, n=1, cutoff=0.4) or known)[0])
-    if options.backend == "openai":
+    if isinstance(options, Captioning) and options.backend == "openai":
         return
     name, _ = hub.split(reference)
     if "/" not in name and not hub.is_folder(name):
@@ -76,6 +83,16 @@ def open_grounder(options: Grounding) -> Grounder:
     from . import grounders
 
     return grounders.open_grounder(options)
+
+
+def open_scorer(options: Scoring) -> Scorer:
+    """Load a scorer. Raises ModelError."""
+    if own := _own(options.model):
+        made = own()
+        return made if hasattr(made, "prepare") else Plain(made)
+    from . import scorers
+
+    return scorers.open_scorer(options)
 
 
 def _own(reference: str) -> Callable[..., Any] | None:

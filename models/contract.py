@@ -1,4 +1,4 @@
-"""What a captioner and a grounder are: open (build the model on the worker), prepare (a batch, ahead), call (compute).
+"""What captioners, grounders and scorers are: open (build the model on the worker), prepare (a batch, ahead), call.
 
 `prepare` is what threads do while the device is busy with the batches before: decode, resize, tokenise, or send a
 request. It is called by several threads at once and touches no device. Calls come one at a time, in the order of the
@@ -69,22 +69,37 @@ class Grounder(Protocol):
         ...
 
 
+class Scorer(Protocol):
+    """Says how well phrases fit the boxes that a grounder gave them."""
+
+    def prepare(self, jpegs: Sequence[bytes], phrases: Sequence[Sequence[str]], claims: Sequence[Detections]) -> Any:
+        """Take stored JPEGs (upright RGB), each image's phrases, and the detections to be judged."""
+        ...
+
+    def __call__(self, prepared: Any) -> list[npt.NDArray[np.float32]]:
+        """Return a score for each detection [n] of each image; NaN where it was not looked at."""
+        ...
+
+
 # What a user's own model, or a small one, may be instead: one function of the decoded images.
 PlainCaptioner = Callable[[Sequence[Image.Image], Sequence[str]], list[list[str]]]
 PlainGrounder = Callable[[Sequence[Image.Image], Sequence[Sequence[str]]], list[Detections]]
+PlainScorer = Callable[
+    [Sequence[Image.Image], Sequence[Sequence[str]], Sequence[Detections]], list[npt.NDArray[np.float32]]
+]
 
 
 class Plain(Generic[Out]):
     """A function of decoded images and their texts as a model in two moments: decoding runs ahead."""
 
-    def __init__(self, function: Callable[[Sequence[Image.Image], Sequence[Any]], list[Out]]) -> None:
+    def __init__(self, function: Callable[..., list[Out]]) -> None:
         self._function = function
 
-    def prepare(self, jpegs: Sequence[bytes], texts: Sequence[Any]) -> tuple[list[Image.Image], Sequence[Any]]:
+    def prepare(self, jpegs: Sequence[bytes], *given: Sequence[Any]) -> tuple[Sequence[Any], ...]:
         """Decode."""
-        return [decode(jpeg) for jpeg in jpegs], texts
+        return [decode(jpeg) for jpeg in jpegs], *given
 
-    def __call__(self, prepared: tuple[list[Image.Image], Sequence[Any]]) -> list[Out]:
+    def __call__(self, prepared: tuple[Sequence[Any], ...]) -> list[Out]:
         """Compute."""
         return self._function(*prepared)
 

@@ -1,17 +1,18 @@
 """Where a model computes, in which precision, and what happens when the device's memory runs out."""
 
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 
 from .contract import ModelError
-from .options import Captioning, Grounding
+from .options import Captioning, Grounding, Scoring
 
 T = TypeVar("T")
 
 
-def place(options: Captioning | Grounding) -> tuple[torch.device, torch.dtype]:
+def place(options: Captioning | Grounding | Scoring) -> tuple[torch.device, torch.dtype]:
     """The device and the precision that the options ask for. Raises ModelError where they ask for a GPU in vain."""
     there = torch.cuda.is_available()
     if options.device == "cuda" and not there:
@@ -52,16 +53,20 @@ class Pieces:
     def __init__(self) -> None:
         self.size: int | None = None  # rows at a time that are known to be not too many; None: no limit met
 
-    def __call__(self, rows: int, run: Callable[[int, int], list[T]]) -> list[T]:
-        """Call run(start, end) over all rows and put the results together.
+    def __call__(
+        self, rows: int, run: Callable[[int, int], list[T]], fits: Callable[[int, int], bool] = lambda start, end: True
+    ) -> list[T]:
+        """Call run(start, end) over all rows, as many at a time as fits(start, end) admits, one in any case.
 
-        Raises torch.OutOfMemoryError where one row alone is too much.
+        Gives the results in one list. Raises torch.OutOfMemoryError where one row alone is too much.
         """
         done: list[T] = []
         while len(done) < rows:
-            step = min(rows - len(done), self.size or rows)
+            start = len(done)
+            ends = range(start + 2, start + min(rows - start, self.size or rows) + 1)
+            step = 1 + bisect_left(ends, True, key=lambda end, start=start: not fits(start, end))
             try:
-                done += run(len(done), len(done) + step)
+                done += run(start, start + step)
                 continue
             except torch.OutOfMemoryError:
                 if step == 1:

@@ -1,4 +1,4 @@
-"""The options of captioners and grounders, without any heavy import: a recipe is checked where no model is."""
+"""The options of captioners, grounders and scorers, without any heavy import: a recipe is checked where no model is."""
 
 import string
 from dataclasses import dataclass, field
@@ -79,14 +79,48 @@ class Grounding:
     device: Literal["auto", "cpu", "cuda"] = operational("auto")
     compile: bool = operational(False)
     text_cache: int = operational(200_000)  # phrases whose embedding is remembered (OWL models)
+    # What goes through the model at once, padding counted: pixels (in Grounding DINO, of an image for each text that is
+    # asked of it) and text tokens. A batch that has more goes in pieces; one image always goes.
+    batch_pixels: int = operational(16_000_000)
+    batch_tokens: int = operational(65_536)
 
     def __post_init__(self) -> None:
         if self.template.count("{}") != 1:
             raise ValueError(f"template: {self.template!r} does not have one {{}} for the phrase")
         if self.image_px is not None and self.image_px < 32:
             raise ValueError(f"image_px: {self.image_px} is less than 32")
-        if self.max_detections < 1:
-            raise ValueError(f"max_detections: {self.max_detections} is not a positive number")
+        for name in ("max_detections", "batch_pixels", "batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is not a positive number")
+        if self.text_cache < 0:
+            raise ValueError(f"text_cache: {self.text_cache} is negative")
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """A second opinion on detections: `model` is a CLIP or SigLIP, or another grounder, as `name@revision`."""
+
+    model: str
+    above: float = 0.1  # detections with a lower score are not looked at
+    template: str = "{}"  # how a phrase is asked for, such as "a photo of a {}"
+    margin: float = 0.1  # CLIP and SigLIP: what is seen around a box, as a share of its longer side
+    floor: float = 0.1  # another grounder: of its own detections
+    image_px: int | None = None  # another grounder: as in `ground`
+    dtype: Dtype = "auto"
+    device: Literal["auto", "cpu", "cuda"] = operational("auto")
+    compile: bool = operational(False)
+    text_cache: int = operational(200_000)  # phrases whose embedding is remembered
+
+    def __post_init__(self) -> None:
+        if self.template.count("{}") != 1:
+            raise ValueError(f"template: {self.template!r} does not have one {{}} for the phrase")
+        for name in ("above", "floor"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is not in 0..1")
+        if not 0 <= self.margin <= 10:
+            raise ValueError(f"margin: {self.margin} is not in 0..10")
+        if self.image_px is not None and self.image_px < 32:
+            raise ValueError(f"image_px: {self.image_px} is less than 32")
         if self.text_cache < 0:
             raise ValueError(f"text_cache: {self.text_cache} is negative")
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .plan import Plan
     from .recipe import Recipe
 
-STEPS = ("download", "caption", "phrases", "ground", "select", "pack")
+STEPS = ("download", "caption", "phrases", "ground", "score", "select", "pack")
 
 
 def parser() -> argparse.ArgumentParser:

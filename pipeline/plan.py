@@ -78,7 +78,10 @@ def make_plan(recipe: Recipe, until: str | None = None, write: bool = False) -> 
     dataset = read_dataset(store)
     steps = chain(recipe, store)
     if until is not None:
-        steps = steps[: [step.name for step in steps].index(until) + 1]
+        names = [step.name for step in steps]
+        if until not in names:
+            raise RecipeError(f"--until {until}: the recipe has no such step; it has {', '.join(names)}")
+        steps = steps[: names.index(until) + 1]
     tables = input_tables(dataset) if dataset else []
     parts = only_parts(recipe, len(tables))
     if parts is not None and tables and not parts:

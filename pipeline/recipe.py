@@ -23,6 +23,7 @@ from .steps.download import Download
 from .steps.ground import Ground
 from .steps.pack import Pack
 from .steps.phrases import Phrases
+from .steps.score import Score
 from .steps.select import Select
 
 T = TypeVar("T")
@@ -52,6 +53,7 @@ class Steps:
     caption: Caption
     phrases: Phrases = field(default_factory=Phrases)
     ground: Ground
+    score: Score | None = None
     select: Select = field(default_factory=Select)
     pack: Pack = field(default_factory=Pack)
 

@@ -27,11 +27,12 @@ class Drop(Exception):  # noqa: N818  (an outcome of one sample, not an error of
         self.detail = detail
 
 
-# The guard gives these in any step.
+# Any step may give these: the guard, and where a list was stored after the rows had come in.
 FAULTS = {
     "error": Reason("failed", "the step raised an exception on this sample (class and message in the detail)"),
     "out_of_memory": Reason("failed", "memory ran out even for this sample alone", transient=True),
     "crashed": Reason("failed", "the worker process died on this sample, alone and more than once"),
+    "taken_down": Reason("rejected", "a takedown list names it"),
 }
 
 REASONS: dict[str, dict[str, Reason]] = {
@@ -74,6 +75,7 @@ REASONS: dict[str, dict[str, Reason]] = {
     },
     "phrases": {},
     "ground": {},
+    "score": {},
     "select": {
         "no_regions": Reason("rejected", "no detection passed the filter, and the recipe rejects such images"),
     },

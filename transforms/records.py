@@ -58,6 +58,8 @@ ADDS: dict[str, pa.Schema] = {
     "caption": pa.schema([("captions", pa.list_(CAPTION)), ("caption_notes", pa.list_(CAPTION_NOTE))]),
     "phrases": pa.schema([("phrases", pa.list_(PHRASE))]),
     "ground": pa.schema([("detections", pa.list_(DETECTION)), ("truncated", pa.bool_())]),
+    # For each detection what a second model says of it; null where it was not asked. Its meaning is the model's.
+    "score": pa.schema([("agreement", pa.list_(pa.float32()))]),
     # For each detection: "kept", or the rule that rejected it.
     "select": pa.schema([("verdicts", pa.list_(pa.string()))]),
     "pack": pa.schema([("shard", pa.string()), ("position", pa.int32())]),

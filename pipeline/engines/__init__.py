@@ -40,6 +40,7 @@ class Engine:
     caption: Resources = Resources(batch=32)
     phrases: Resources = Resources(batch=256)
     ground: Resources = Resources(batch=32)
+    score: Resources = Resources(batch=16)
     select: Resources = Resources(batch=4096)
     pack: Resources = Resources(batch=256)
 
