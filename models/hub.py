@@ -7,6 +7,7 @@ changes under a fingerprint. Weights are safetensors only, nothing is unpickled,
 import hashlib
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +119,19 @@ def _from_hub(name: str, revision: str) -> Path:
         ) from None
     except (errors.HfHubHTTPError, OSError, ValueError) as error:
         raise ModelError(f"{what}: {' '.join(str(error).split())[:300]}") from None
+
+
+def main() -> int:
+    """`python -m vesl.models.hub REFERENCE...` fetches models ahead of a run and says where they are, a line each."""
+    code = 0
+    for reference in sys.argv[1:]:
+        try:
+            print(find(reference))
+        except ModelError as error:
+            print(f"vesl: {error}", file=sys.stderr)
+            code = 1
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
