@@ -27,7 +27,7 @@ recipe=deploy/recipes/demo.yaml
 "$vesl" run "$recipe" "$@" > "$out/run.txt" || { code=$?; cat "$out/run.txt"; exit "$code"; }
 echo
 echo "The funnel:"
-"$vesl" report "$recipe" "${sets[@]}"
+"$vesl" report "$recipe" "${sets[@]}" --out "$out/report.html" | sed '/^page: /d'
 echo
 echo "One sample:"
 key=$("$vesl" show "$recipe" "${sets[@]}" 2> /dev/null | awk 'NR == 1 {print $1}') || true
@@ -51,3 +51,4 @@ case $results in
   *) echo "Results: $results" ;;
 esac
 [ -z "$key" ] || echo "Drawn boxes:         $out/sheet.jpg"
+echo "Report:              $out/report.html"

@@ -26,7 +26,7 @@ install() {
 extras=()
 for extra in "${missing[@]}"; do
   if [ "$extra" = photos ]; then  # packages wanted for their pictures only, so without what they depend on
-    install --no-deps imgaug matplotlib scikit-image scikit-learn
+    install --no-deps imgaug scikit-image scikit-learn
   elif [ "$extra" = groundingdino ]; then  # torchvision and timm, which it asks for, are CUDA builds
     install --no-deps groundingdino-py addict yapf platformdirs
   else

@@ -1,7 +1,9 @@
-"""Where a model computes, in which precision, and what happens when the device's memory runs out."""
+"""Where a model computes, in which precision, what stays in the device's memory and what happens when that runs out."""
 
-from bisect import bisect_left
-from collections.abc import Callable
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -37,6 +39,22 @@ def moved(tensors: Any, device: torch.device) -> Any:
     return _each(tensors, lambda tensor: tensor.to(device, non_blocking=True))
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the progress bars and reports with which transformers loads a model off the user's terminal."""
+    from transformers.utils import logging as theirs
+
+    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity(logging.CRITICAL)
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(level)
+        if bars:
+            theirs.enable_progress_bar()
+
+
 def _each(tensors: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if isinstance(tensors, torch.Tensor):
         return change(tensors)
@@ -63,8 +81,9 @@ class Pieces:
         done: list[T] = []
         while len(done) < rows:
             start = len(done)
-            ends = range(start + 2, start + min(rows - start, self.size or rows) + 1)
-            step = 1 + bisect_left(ends, True, key=lambda end, start=start: not fits(start, end))
+            step = min(rows - start, self.size or rows)
+            while step > 1 and not fits(start, start + step):
+                step -= 1
             try:
                 done += run(start, start + step)
                 continue
@@ -76,3 +95,46 @@ class Pieces:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         return done
+
+
+class Memory:
+    """The embeddings of the texts used last, at most `most`, in one tensor [slots, d] that grows as they come."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._slots: OrderedDict[bytes, int] = OrderedDict()  # the one used last is last
+        self._table: torch.Tensor | None = None
+
+    def __call__(self, keys: Sequence[bytes], embed: Callable[[list[int]], torch.Tensor]) -> torch.Tensor:
+        """Embeddings [u, d] of u different keys; embed(positions) makes those [v, d] of the keys not remembered."""
+        new = [k for k, key in enumerate(keys) if key not in self._slots]
+        fresh = embed(new) if new else None
+        if fresh is not None and len(new) == len(keys):
+            found = fresh
+        else:
+            assert self._table is not None  # something is remembered
+            known = [(k, self._slots[key]) for k, key in enumerate(keys) if key in self._slots]
+            found = self._table.new_empty(len(keys), self._table.shape[1])
+            places, slots = torch.tensor(known).T.to(found.device)
+            found[places] = self._table[slots]
+            if fresh is not None:
+                found[torch.tensor(new, device=found.device)] = fresh
+        for key in keys:
+            if key in self._slots:
+                self._slots.move_to_end(key)
+        if fresh is not None and self._most:
+            self._store([keys[k] for k in new[-self._most :]], fresh[-self._most :])
+        return found
+
+    def _store(self, keys: Sequence[bytes], fresh: torch.Tensor) -> None:
+        used = len(self._slots)
+        slots = [self._slots.popitem(last=False)[1] for _ in range(used + len(keys) - self._most)]
+        slots += range(used, used + len(keys) - len(slots))
+        if self._table is None:
+            self._table = fresh.new_empty(0, fresh.shape[1])
+        if (need := max(slots) + 1) > len(self._table):
+            larger = self._table.new_empty(min(self._most, max(need, 2 * len(self._table), 1024)), fresh.shape[1])
+            larger[: len(self._table)] = self._table
+            self._table = larger
+        self._table[torch.tensor(slots, device=fresh.device)] = fresh
+        self._slots.update(zip(keys, slots, strict=True))

@@ -3,6 +3,7 @@
 import string
 from dataclasses import dataclass, field
 from typing import Literal
+from urllib.parse import urlsplit
 
 from ..transforms.options import operational
 
@@ -22,6 +23,14 @@ class Endpoint:
     detail: Literal["auto", "low", "high"] = "auto"
 
     def __post_init__(self) -> None:
+        try:  # without repeating it: it may hold what must not be seen
+            parts = urlsplit(self.url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or (parts.port or 1) < 1:
+                raise ValueError
+        except ValueError:
+            raise ValueError("endpoint.url: is not like http://host:8000/v1") from None
+        if parts.username or parts.password:
+            raise ValueError("endpoint.url: has a user or password in it; put a key into the environment instead")
         for name in ("in_flight", "timeout_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"endpoint.{name}: {getattr(self, name)} is not a positive number")
@@ -77,7 +86,7 @@ class Grounding:
     image_px: int | None = None
     dtype: Dtype = "auto"
     device: Literal["auto", "cpu", "cuda"] = operational("auto")
-    compile: bool = operational(False)
+    compile: bool = operational(False)  # torch.compile of the image tower; OWL-ViT and OWLv2 only
     text_cache: int = operational(200_000)  # phrases whose embedding is remembered (OWL models)
     # What goes through the model at once, padding counted: pixels (in Grounding DINO, of an image for each text that is
     # asked of it) and text tokens. A batch that has more goes in pieces; one image always goes.

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module, metadata
 
-from ..transforms.phrases import Token
+from ..transforms.trees import Token
 from .contract import ModelError
 
 # spaCy's tokenizer takes time that grows with the square of a run without spaces; longer runs are no English and are

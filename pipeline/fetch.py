@@ -1,64 +1,67 @@
-"""Fetch what strangers' URLs name, without trusting the URL, the resolver or the server. The download step calls it.
+"""Fetch what strangers' URLs name: a stream of batches with about a thousand requests in flight. Download calls it.
 
-Every way to fail is a reason of the download step. Which addresses may be connected to is decided where the socket is
-made, so no spelling of a host, no answer of a resolver and no redirect gets around it.
+    submit -> turn at the host (hosts) -> place among those in flight -> request (request, connect) -> `use` in a thread
+
+One event loop in a thread of its own serves all batches of a worker, so that a batch that waits for its slowest URL
+leaves no connection idle, as long as later batches are submitted ahead.
 """
 
 import asyncio
-import errno
 import os
-import socket
-import ssl
+import re
 import threading
-import zlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
+import weakref
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, replace
 from importlib.metadata import version
-from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_address, ip_network
-from typing import TYPE_CHECKING, Any, TypeVar
+from ipaddress import ip_network
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from urllib.parse import urlsplit
 
 from ..transforms.options import operational
-from ..transforms.outcomes import Drop
+from ..transforms.outcomes import Drop, reason_of
+from .connect import open_session
+from .hosts import Hosts, retry_after
+from .memory import Memory
+from .request import Fetched, RefusedError, ask, parse, printable, reason_for
+from .respect import RespectRule, Wishes, check_headers
+from .stage import Place
 
-if TYPE_CHECKING:  # aiohttp takes a sixth of a second to import: only a worker that fetches pays for it
-    import aiohttp
+if TYPE_CHECKING:
+    from multidict import CIMultiDictProxy
 
 T = TypeVar("T")
-Network = IPv4Network | IPv6Network
 
-_BLOCKED = "blocked address"  # starts the message of the error that the socket factory raises
-_DETAIL_CHARS = 300
-_GLOBAL_UNICAST = ip_network("2000::/3")  # all that is allocated of IPv6
-_NAT64 = ip_network("64:ff9b::/96")  # the last 32 bits are the IPv4 address that a gateway connects to
-_REFUSED: tuple[Network, ...] = (
-    ip_network("192.0.0.0/24"),  # protocol assignments, among them Oracle's metadata server; global to some Pythons
-    ip_network("192.88.99.0/24"),  # relays of 6to4
-    ip_network("168.63.129.16/32"),  # Azure's metadata server, of all places on a public address
-    ip_network("2001::/32"),  # Teredo and 6to4 carry IPv4 addresses of anybody's choice, and serve no web today
-    ip_network("2002::/16"),
-    ip_network("3fff::/20"),  # documentation; global to some Pythons
-)
+_SPARE_FILES = 256  # open files beside the connections: the store's, the libraries'
+_FILE_BYTES, _FILE_REDIRECTS = 1 << 20, 5  # of robots.txt and its like
+_RETRY_S = 1.0  # before the first retry; doubled each time
 
 
 @dataclass(frozen=True)
 class FetchRule:
     """Limits of a fetch. `allow_networks` (CIDR) are reachable though not public, for tests and mirrors inside.
 
+    The limits per host are for the whole run; each of its workers takes an equal share (see `hosts`).
     Raises ValueError for what is no network, and for limits that are not positive.
     """
 
     max_bytes: int = 20_000_000  # of the body, after decompression
-    connect_timeout_s: float = operational(
-        10.0
-    )  # for the name's lookup, and again for the connection with its TLS handshake
+    # for the name's lookup, and again for the connection with its TLS handshake
+    connect_timeout_s: float = operational(10.0)
     read_timeout_s: float = operational(10.0)  # between two reads
-    total_timeout_s: float = operational(30.0)  # over all redirects
+    total_timeout_s: float = operational(30.0)  # over all redirects, without waiting for turns
     max_redirects: int = 5
     user_agent: str = operational(f"vesl/{version('vesl')} (image data set builder)")
+    contact: str | None = operational(None)  # an address or page for owners who object, added to the user agent
     allow_networks: tuple[str, ...] = ()
-    concurrency: int = operational(64)
+    concurrency: int = operational(1000)  # requests in flight in each worker
+    buffer_mib: int = operational(128)  # of bodies, and of results that wait for their batch, in each worker
+    host_concurrency: int | None = operational(64)  # connections to one host, of all workers together
+    host_rate_per_s: float | None = operational(None)  # requests to one host, of all workers together
+    patience_s: float = operational(30.0)  # with a host that asks to be left alone (Retry-After, or 429 and 503 alone)
+    retries: int = operational(0)  # of what may pass, in this run; `--retry failed` is for later
 
     def __post_init__(self) -> None:
         for network in self.allow_networks:
@@ -66,243 +69,265 @@ class FetchRule:
                 ip_network(network)
             except ValueError:
                 raise ValueError(f"allow_networks: {network!r} is not a network like 10.0.0.0/8") from None
-        for name in ("max_bytes", "connect_timeout_s", "read_timeout_s", "total_timeout_s", "concurrency"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: {getattr(self, name)} is not positive")
+        positive = ("max_bytes", "connect_timeout_s", "read_timeout_s", "total_timeout_s", "concurrency", "buffer_mib")
+        for name in (*positive, "host_concurrency", "host_rate_per_s"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name}: {value} is not positive")
+        for name in ("patience_s", "retries", "max_redirects"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: {getattr(self, name)} is negative")
+        for name in ("user_agent", "contact"):
+            if not (getattr(self, name) or "").isprintable():
+                raise ValueError(f"{name}: cannot stand in a header")
 
-
-@dataclass(frozen=True)
-class Fetched:
-    """A body of at least one byte. `final_url` is after redirects; `content_type` is what the server claims."""
-
-    body: bytes
-    final_url: str
-    content_type: str
+    @property
+    def agent(self) -> str:
+        """The User-Agent header."""
+        return f"{self.user_agent} (+{self.contact})" if self.contact else self.user_agent
 
 
 def fetch_all(urls: Sequence[str], rule: FetchRule, use: Callable[[Fetched], T]) -> list[T | Exception]:
-    """Fetch each URL once and hand it to `use` in a thread; return, in order, what `use` returned or the exception.
+    """Fetch each URL and hand it to `use` in a thread; return, in order, what `use` returned or the exception.
 
-    A Drop names a reason of the download step; other exceptions are those of `use`, or of no known kind. At most
-    `rule.concurrency` bodies are in memory at a time: a fetch keeps its place until `use` is through with it.
+    A Drop names a reason of the download step; other exceptions are those of `use`, or of no known kind.
     """
-    return asyncio.run(_fetch_all(urls, rule, use))
+    fetcher = Fetcher(rule, use)
+    try:
+        return fetcher.submit(urls).result()
+    finally:
+        fetcher.close()
 
 
-def is_blocked(address: str, allowed: Sequence[Network] = ()) -> bool:
-    """Tell whether an IP address is private, local, reserved or otherwise not a public host's, and not allowed."""
-    ip = ip_address(address.partition("%")[0])
-    if ip.version == 6 and ip.ipv4_mapped:
-        ip = ip.ipv4_mapped  # the kernel will use IPv4
-    if any(ip in network for network in allowed):
-        return False
-    if ip in _NAT64:
-        ip = IPv4Address(int(ip) & 0xFFFFFFFF)
-    if ip.version == 6 and ip not in _GLOBAL_UNICAST:
-        return True
-    return not ip.is_global or ip.is_multicast or any(ip in network for network in _REFUSED)
+class Fetcher(Generic[T]):
+    """Serves batches of URLs from a thread with an event loop; to be closed.
 
+    `use` turns what was fetched into a result, in one of as many threads as there are cores (8 at most); `weigh` tells
+    how many bytes of memory the result takes until its batch is handed out. Without `respect`, no wish is obeyed.
+    """
 
-async def _fetch_all(urls: Sequence[str], rule: FetchRule, use: Callable[[Fetched], T]) -> list[T | Exception]:
-    results: dict[int, T | Exception] = {}
-    todo = iter(enumerate(urls))
-    loop = asyncio.get_running_loop()
+    def __init__(
+        self,
+        rule: FetchRule,
+        use: Callable[[Fetched], T],
+        weigh: Callable[[T], int] = lambda made: 0,
+        place: Place | None = None,
+        respect: RespectRule | None = None,
+    ) -> None:
+        self._rule, self._use, self._weigh = rule, use, weigh
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="fetch", daemon=True).start()
+        self._threads = ThreadPoolExecutor(min(8, cores()), "use")
+        self._places = asyncio.Semaphore(min(rule.concurrency, _file_limit(rule.concurrency)))
+        workers = place.workers if place else 1
+        self._hosts = Hosts(rule.host_concurrency, rule.host_rate_per_s, rule.patience_s, workers)
+        self._respect, self._token = respect, re.split(r"[/\s]", rule.user_agent, maxsplit=1)[0]
+        self._wishes = Wishes(respect, self._token, self._text, place.store if place else None) if respect else None
+        self._memory = Memory(rule.buffer_mib << 20)
+        self._rows = 0  # ever submitted
+        self._session = asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
 
-    def used(fetched: Fetched) -> T | Exception:
+    async def _open(self) -> Any:
+        rule = self._rule
+        allowed = tuple(ip_network(network) for network in rule.allow_networks)
+        return open_session(allowed, rule.agent, rule.connect_timeout_s, rule.read_timeout_s)
+
+    def submit(self, urls: Sequence[str]) -> "Batch[T]":
+        """Begin to fetch; returns at once. Over the memory limit, batches go on in the order of their submission."""
+        work = _Work[T]([None] * len(urls), len(urls))
+        self._loop.call_soon_threadsafe(self._start, work, list(urls))
+        return Batch(self, work)
+
+    def close(self) -> None:
+        """Give up what is under way, and end the thread."""
+
+        async def end() -> None:
+            await self._session.close()
+            rest = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+            for task in rest:
+                task.cancel()
+            await asyncio.gather(*rest, return_exceptions=True)
+
+        if not self._loop.is_closed():
+            with suppress(RuntimeError):
+                asyncio.run_coroutine_threadsafe(end(), self._loop).result()
+                self._loop.call_soon_threadsafe(self._loop.stop)
+            self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def release(self, work: "_Work[T]") -> None:
+        """A batch was handed out or is not wanted any more: forget it."""
+
+        def on_loop() -> None:
+            for task in work.tasks:
+                task.cancel()
+            self._memory.give(work.held)
+            work.held = 0
+
+        with suppress(RuntimeError):  # the loop may be closed
+            self._loop.call_soon_threadsafe(on_loop)
+
+    def _start(self, work: "_Work[T]", urls: list[str]) -> None:
+        for position, url in enumerate(urls):
+            self._memory.enter(self._rows)
+            task = self._loop.create_task(self._row(work, position, self._rows, url))
+            work.tasks.add(task)
+            task.add_done_callback(work.tasks.discard)
+            self._rows += 1
+        if not urls:
+            work.done.set_result(None)
+
+    async def _row(self, work: "_Work[T]", position: int, row: int, url: str) -> None:
+        kept = 0
         try:
-            return use(fetched)
-        except Exception as error:  # noqa: BLE001  (it is this URL's result; the guard of the step looks at it)
-            return error
+            work.results[position], kept = await self._persist(row, url)
+            work.left -= 1
+            work.held += kept
+            if not work.left:
+                work.done.set_result(None)
+        finally:
+            self._memory.leave(row, kept)
 
-    async def work() -> None:
-        for position, url in todo:
+    async def _persist(self, row: int, url: str) -> tuple[T | Exception, int]:
+        """Fetch and use; what may pass is tried again. Returns the result and its weight."""
+        result: T | Exception
+        weight = 0
+        for attempt in range(self._rule.retries + 1):
+            if attempt:
+                await asyncio.sleep(_RETRY_S * 2 ** (attempt - 1))
             try:
-                result = await loop.run_in_executor(pool, used, await _fetch(session, url, rule))
-            except Exception as error:  # noqa: BLE001  (likewise)
+                result, weight = await self._fetch(row, url)
+            except Exception as error:  # noqa: BLE001  (it is this URL's result; the guard of the step looks at it)
                 result = error
             if isinstance(result, Exception):  # its frames would keep the body in memory
                 result.__traceback__ = result.__context__ = result.__cause__ = None
-            results[position] = result
+            if not (isinstance(result, Drop) and reason_of("download", result.reason).transient):
+                break
+            self._memory.empty(row)
+        return result, weight
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "use") as pool:
-        async with _open_session(rule) as session:
-            await asyncio.gather(*(work() for _ in range(min(rule.concurrency, len(urls)))))
-    return [results[position] for position in range(len(urls))]
-
-
-def _open_session(rule: FetchRule) -> "aiohttp.ClientSession":
-    import aiohttp
-    from aiohttp.abc import AbstractResolver, ResolveResult
-
-    allowed = tuple(ip_network(network) for network in rule.allow_networks)
-
-    def open_socket(info: Any) -> socket.socket:
-        family, kind, protocol, _, address = info
-        if is_blocked(address[0], allowed):
-            raise PermissionError(errno.EACCES, f"{_BLOCKED} {address[0]}")
-        return socket.socket(family, kind, protocol)
-
-    class Resolver(AbstractResolver):
-        async def resolve(
-            self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
-        ) -> list[ResolveResult]:
+    async def _fetch(self, row: int, url: str) -> tuple[T | Exception, int]:
+        def used(found: Fetched) -> tuple[T | Exception, int]:
             try:
-                found = await asyncio.wait_for(_look_up(host, port, family), rule.connect_timeout_s)
-            except TimeoutError:
-                raise socket.gaierror(socket.EAI_AGAIN, f"no answer for {host} within the limit") from None
-            flags = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
-            return [
-                ResolveResult(hostname=host, host=str(address[0]), port=port, family=kin, proto=protocol, flags=flags)
-                for kin, _, protocol, _, address in found
-            ]
+                return (made := self._use(found)), self._weigh(made)
+            except Exception as error:  # noqa: BLE001  (likewise; and no future can hold a StopIteration)
+                return error, 0
 
-        async def close(self) -> None:
-            pass
+        target, left_s = parse(url), self._rule.total_timeout_s
+        for _ in range(self._rule.max_redirects + 1):
+            robots = await self._wishes.check(target) if self._wishes else None
+            await self._memory.begin(row)
+            async with AsyncExitStack() as place:  # kept until `use` is through with the body
+                flight = lambda: place.enter_context(self._memory.flight(row))  # noqa: E731
+                found, left_s = await self._ask(
+                    target, place, left_s, lambda size: self._memory.take(row, size), flight
+                )
+                if isinstance(found, Fetched):
+                    http = {**found.http, "user_agent": self._rule.agent, "robots_txt": robots}
+                    return await self._loop.run_in_executor(self._threads, used, replace(found, http=http))
+            target = found
+        raise Drop("redirect_loop", f"more than {self._rule.max_redirects} redirects")
 
-    session = aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(
-            limit=rule.concurrency,
-            resolver=Resolver(),
-            socket_factory=open_socket,
-            ttl_dns_cache=300,  # the address is checked at every connection, so a changed answer gains nothing
-            force_close=True,  # URLs come in the order of a hash: hosts seldom repeat, and idle sockets would pile up
-        ),
-        timeout=aiohttp.ClientTimeout(sock_connect=rule.connect_timeout_s, sock_read=rule.read_timeout_s),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        headers={"User-Agent": rule.user_agent, "Accept": "image/*,*/*;q=0.8", "Accept-Encoding": "identity"},
-        auto_decompress=False,  # `_read` does it, with a limit
-        trust_env=False,
-    )
-    session._retry_connection = False  # aiohttp would ask a second time where a server hangs up
-    return session
+    async def _text(self, url: str) -> str:
+        """A small file for `Wishes`."""
+
+        async def take(size: int) -> float:
+            return 0.0
+
+        target, left_s = url, self._rule.total_timeout_s
+        for _ in range(_FILE_REDIRECTS + 1):
+            async with AsyncExitStack() as place:
+                found, left_s = await self._ask(target, place, left_s, take)
+            if isinstance(found, Fetched):
+                return found.body.decode("utf-8", "replace")
+            target = found
+        raise Drop("redirect_loop")
+
+    async def _ask(
+        self,
+        target: str,
+        place: AsyncExitStack,
+        left_s: float,
+        take: Callable[[int], Awaitable[float]],
+        flight: Callable[[], None] | None = None,
+    ) -> tuple[Fetched | str, float]:
+        """One request in its turn; also what is left of the time. The host is asked for before the place.
+
+        Who has a place so has a turn, and never waits for one; the other way round, all places could wait for turns.
+        Seconds that `take` waits are not the server's fault. Without `flight` it is a small file, of no row.
+        """
+        host = urlsplit(target).hostname or ""
+        async with self._hosts.turn(host):
+            await place.enter_async_context(self._places)
+            if flight:
+                flight()
+            try:
+                async with asyncio.timeout(left_s) as limit:
+
+                    async def wait(size: int) -> None:
+                        waited_s = await take(size)
+                        limit.reschedule((limit.when() or 0.0) + waited_s)
+
+                    most = self._rule.max_bytes if flight else _FILE_BYTES
+                    found = await ask(self._session, target, most, self._may_read if flight else None, wait)
+            except RefusedError as refused:
+                self._hosts.refused(host, refused, retry_after(refused.after))
+                raise Drop(refused.reason, refused.detail) from None
+            except Drop:
+                raise
+            except Exception as error:
+                if (reason := reason_for(error)) is None:
+                    raise
+                raise Drop(reason, printable(f"{type(error).__name__}: {error}")) from error
+            self._hosts.answered(host)
+            return found, (limit.when() or 0.0) - self._loop.time()
+
+    def _may_read(self, headers: "CIMultiDictProxy[str]") -> None:
+        if self._respect:
+            tags, tdm = (headers.getall(name, ()) for name in ("X-Robots-Tag", "tdm-reservation"))
+            check_headers(tags, tdm, self._token, self._respect)
 
 
-async def _look_up(host: str, port: int, family: int) -> list[Any]:
-    """Call getaddrinfo in a daemon thread of its own: one that hangs holds up neither others nor the batch's end."""
-    loop = asyncio.get_running_loop()
-    answer: asyncio.Future[list[Any]] = loop.create_future()
+class _Work(Generic[T]):
+    """What the loop knows of a batch."""
 
-    def settle(found: list[Any], error: Exception | None) -> None:
-        if answer.done():
-            return
-        if error:
-            answer.set_exception(error)
-        else:
-            answer.set_result(found)
-
-    def ask() -> None:
-        found, failure = [], None
-        try:
-            found = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
-        except (OSError, UnicodeError) as error:
-            failure = error
-        with suppress(RuntimeError):  # the batch may be over by now, and its loop closed
-            loop.call_soon_threadsafe(settle, found, failure)
-
-    threading.Thread(target=ask, name="look-up", daemon=True).start()
-    return await answer
+    def __init__(self, results: list[Any], left: int) -> None:
+        self.results: list[T | Exception] = results
+        self.left, self.held = left, 0
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.done: Future[None] = Future()
 
 
-async def _fetch(session: "aiohttp.ClientSession", url: str, rule: FetchRule) -> Fetched:
-    from yarl import URL
+class Batch(Generic[T]):
+    """A batch under way. One that nobody holds any more is given up."""
 
+    def __init__(self, fetcher: Fetcher[T], work: _Work[T]) -> None:
+        self._work = work
+        self._end = weakref.finalize(self, fetcher.release, work)
+        self._end.atexit = False
+
+    def result(self) -> list[T | Exception]:
+        """Wait for all rows; hand out their results, once."""
+        self._work.done.result()
+        results, self._work.results = self._work.results, []
+        self._end()
+        return results
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _file_limit(wanted: int) -> int:
+    """How many connections may be open; the process's limit on open files is raised as far as it takes and goes."""
     try:
-        async with asyncio.timeout(rule.total_timeout_s):
-            target = _parse(url)
-            for _ in range(rule.max_redirects + 1):
-                response = await session.get(URL(target, encoded=True), allow_redirects=False)
-                try:
-                    location = response.headers.get("Location")
-                    if response.status in (301, 302, 303, 307, 308) and location:
-                        target = _parse(location, target)
-                        continue
-                    _check_status(response.status)
-                    body = await _read(response, rule.max_bytes)
-                    return Fetched(body, target, _printable(response.headers.get("Content-Type", "")))
-                finally:
-                    response.close()
-            raise Drop("redirect_loop", f"more than {rule.max_redirects} redirects")
-    except Drop:
-        raise
-    except Exception as error:
-        reason = _reason(error)
-        if reason is None:
-            raise
-        raise Drop(reason, _printable(f"{type(error).__name__}: {error}")) from error
-
-
-def _parse(url: str, base: str | None = None) -> str:
-    """Read a URL as browsers do (WHATWG; nothing already escaped is escaped again); keep it to http and https."""
-    import ada_url
-
-    try:
-        parsed = ada_url.URL(url, base=base)
-    except ValueError as error:
-        raise Drop("bad_url", _printable(url)) from error
-    if parsed.protocol not in ("http:", "https:"):
-        raise Drop("bad_scheme", _printable(parsed.href))
-    return str(parsed.href)
-
-
-def _check_status(status: int) -> None:
-    if status != 200:
-        kind = "http_429" if status == 429 else {4: "http_4xx", 5: "http_5xx"}.get(status // 100, "http_other")
-        raise Drop(kind, f"HTTP {status}")
-
-
-async def _read(response: "aiohttp.ClientResponse", max_bytes: int) -> bytes:
-    """Read a body and undo gzip or deflate, which some servers send unasked. Never holds more than `max_bytes`."""
-    encoding = response.headers.get("Content-Encoding", "").strip().lower()
-    if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
-        raise Drop("bad_response", _printable(f"Content-Encoding {encoding}"))
-    if (response.content_length or 0) > max_bytes:
-        raise Drop("too_large", f"Content-Length {response.content_length}")
-    body, inflate = bytearray(), None
-    async for chunk in response.content.iter_any():
-        if encoding in ("", "identity"):
-            body += chunk
-        else:
-            if inflate is None:  # some servers send deflate without its header
-                bare = encoding == "deflate" and chunk[0] & 15 != zlib.DEFLATED
-                inflate = zlib.decompressobj(-zlib.MAX_WBITS if bare else zlib.MAX_WBITS | 32)
-            body += inflate.decompress(chunk, max_bytes + 1 - len(body))
-        if len(body) > max_bytes:
-            raise Drop("too_large", f"more than {max_bytes} bytes")
-        if inflate and inflate.eof:
-            break
-    if inflate and not inflate.eof:
-        raise Drop("bad_response", "the compressed body ends early")
-    if not body:
-        raise Drop("empty")
-    return bytes(body)
-
-
-def _reason(error: Exception) -> str | None:
-    """Name the download reason of an exception of aiohttp, asyncio, ssl, socket or zlib; None for any other."""
-    import aiohttp
-
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return "dns_timeout" if error.os_error.errno == socket.EAI_AGAIN else "dns_not_found"
-    if _BLOCKED in str(error) and isinstance(error, aiohttp.ClientConnectorError):
-        return "blocked_address"
-    if isinstance(error, ssl.SSLError) or isinstance(error.__cause__, ssl.SSLError):
-        return "tls_error"
-    if isinstance(error, OSError) and error.errno == errno.ETIMEDOUT:
-        return "connect_timeout"
-    kinds: tuple[tuple[type[Exception], str], ...] = (  # the first that fits; some are kinds of others below them
-        (aiohttp.ConnectionTimeoutError, "connect_timeout"),
-        (aiohttp.ServerTimeoutError, "read_timeout"),
-        (TimeoutError, "too_slow"),
-        (aiohttp.ClientSSLError, "tls_error"),
-        (aiohttp.InvalidURL, "bad_url"),
-        (UnicodeError, "bad_url"),  # a host name that cannot be written for the resolver
-        (OSError, "connect_refused"),
-        (aiohttp.ClientError, "bad_response"),
-        (zlib.error, "bad_response"),
-    )
-    return next((reason for kind, reason in kinds if isinstance(error, kind)), None)
-
-
-def _printable(text: str) -> str:
-    """Cut text of a stranger to a length, and to what UTF-8 (and so Parquet) can hold."""
-    return text[:_DETAIL_CHARS].encode(errors="replace").decode()
+        import resource
+    except ImportError:  # no such limit on Windows
+        return wanted
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    need = wanted + _SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < need:
+        soft = need if hard == resource.RLIM_INFINITY else min(need, hard)
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - _SPARE_FILES))

@@ -16,13 +16,16 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..transforms import urls
 from ..transforms.records import INPUT
+from ..transforms.takedown import Takedown
 from .lists import IngestError, UrlList, find_lists, read_list
 from .stage import fingerprint, part_name
 from .store import FORMAT, Store, encode_table, to_json
+from .takedown import match, obeyed
 
 MEMORY = "768MB"  # DuckDB's share; Arrow's batches and the interpreter come on top
 _BATCH = 50_000
@@ -42,10 +45,10 @@ def ingest(
 ) -> dict[str, Any]:
     """Take in the files that the store has not seen; return `dataset.json`.
 
-    Each ingest there counts its rows: `rows` in the files = `kept` + `duplicate_url` + `no_url` + `malformed`. A line
-    that cannot be read, or a row without a URL, makes no sample; a URL that is malformed does, and ends in `download`
-    with its reason. Raises IngestError. Killed at any moment and run again, the result is the same; of two runs that
-    ingest at once, one goes first and the other goes on from it.
+    Each ingest there counts its rows: `rows` in the files = `kept` + `duplicate_url` + `no_url` + `malformed` +
+    `taken_down`. A line that cannot be read, a row without a URL, or one that a takedown list names makes no sample; a
+    URL that is malformed does, and ends in `download` with its reason. Raises IngestError. Killed at any moment and run
+    again, the result is the same; of two runs that ingest at once, one goes first and the other goes on from it.
     """
     columns = [url_column, caption_column]
     sources = find_lists(patterns, options or {})
@@ -63,8 +66,8 @@ def ingest(
         if new:
             entry = _ingest(store, dataset, new, url_column, caption_column, rows_per_part, report)
             # The claim on this place in the row of ingests; of several, the first creator's counts.
-            claimed = store.create(_claim(len(dataset["ingests"])), to_json(entry))
-            if not claimed and store.read_json(_claim(len(dataset["ingests"]))) != entry:
+            claimed = store.create(claim(len(dataset["ingests"])), to_json(entry))
+            if not claimed and store.read_json(claim(len(dataset["ingests"]))) != entry:
                 continue
             dataset["ingests"].append(entry)
         if store.read_json("dataset.json") != dataset and dataset["ingests"]:
@@ -75,15 +78,16 @@ def ingest(
 def read_dataset(store: Store) -> dict[str, Any] | None:
     """`dataset.json` with every claimed ingest, or None for a store without one."""
     dataset = store.read_json("dataset.json")
-    first = store.read_json(_claim(0)) if dataset is None else None
+    first = store.read_json(claim(0)) if dataset is None else None
     if first is not None:  # its writer was killed right after the claim
         dataset = {**first["dataset"], "ingests": []}
-    while dataset is not None and (entry := store.read_json(_claim(len(dataset["ingests"])))):
+    while dataset is not None and (entry := store.read_json(claim(len(dataset["ingests"])))):
         dataset["ingests"].append(entry)
     return dataset  # type: ignore[no-any-return]
 
 
-def _claim(place: int) -> str:
+def claim(place: int) -> str:
+    """The name of the file by which an ingest takes its place in the row of ingests."""
     return f"input/{place:05d}.json"
 
 
@@ -121,12 +125,16 @@ def _ingest(
     files = [{"path": f.path, "size": f.size, "token": f.token} for f in new]
     about = {key: value for key, value in dataset.items() if key != "ingests"}
     earlier = [i["id"] for i in dataset["ingests"]]
-    identity = fingerprint({"about": about, "earlier": earlier, "files": files, "rows_per_part": rows_per_part})
+    inputs = {"about": about, "earlier": earlier, "files": files, "rows_per_part": rows_per_part}
+    if takedown := obeyed(store):  # parts that were made without these lists, by a run that was killed, are not ours
+        inputs["takedown"] = {kind: sorted(values) for kind, values in vars(takedown).items()}
+    identity = fingerprint(inputs)
     first = sum(i["parts"] for i in dataset["ingests"])
     with _scratch() as scratch:
-        counts = _collect(new, url_column, caption_column, f"{scratch}/rows.parquet", report)
+        counts = _collect(new, url_column, caption_column, takedown, f"{scratch}/rows.parquet", report)
         kept, parts = _publish(store, dataset, identity, first, rows_per_part, scratch)
-    counts |= {"kept": kept, "duplicate_url": counts["rows"] - counts["no_url"] - counts["malformed"] - kept}
+    dropped = counts["no_url"] + counts["malformed"] + counts["taken_down"]
+    counts |= {"kept": kept, "duplicate_url": counts["rows"] - dropped - kept}
     return {"id": identity, "files": files, "first": first, "parts": parts, **counts, "dataset": about}
 
 
@@ -152,11 +160,16 @@ def _alive(process: int) -> bool:
 
 
 def _collect(
-    sources: list[UrlList], url_column: str, caption_column: str | None, target: str, report: Report
+    sources: list[UrlList],
+    url_column: str,
+    caption_column: str | None,
+    takedown: Takedown,
+    target: str,
+    report: Report,
 ) -> dict[str, int]:
     """Write every readable row of the files with its key and its place in the order of all rows to one scratch file."""
     schema = pa.schema([*INPUT, ("place", pa.int64())])
-    counts = {"rows": 0, "no_url": 0, "malformed": 0}
+    counts = {"rows": 0, "no_url": 0, "malformed": 0, "taken_down": 0}
     place = 0
     with pq.ParquetWriter(target, schema, compression="lz4", use_dictionary=["source"]) as writer:
         for source in sources:
@@ -168,7 +181,10 @@ def _collect(
                 names = pa.repeat(pa.scalar(source.path), size)
                 numbers, places = (pa.array(range(start, start + size), pa.int64()) for start in (row, place))
                 table = pa.table([keys, normal, rows.captions, names, numbers, places], schema=schema)
-                writer.write_table(table.filter(pa.array(usable, pa.bool_())))
+                table = table.filter(pa.array(usable, pa.bool_()))
+                allowed = table.filter(pc.invert(match(table, takedown))) if takedown else table
+                writer.write_table(allowed)
+                counts["taken_down"] += len(table) - len(allowed)
                 counts["no_url"] += size - sum(usable)
                 counts["malformed"] += rows.malformed
                 counts["rows"] += size + rows.malformed

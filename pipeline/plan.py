@@ -1,12 +1,14 @@
 """What a recipe means for its store: the chain with its fingerprints, the parts, and which of them are done."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from ..transforms import urls
+from . import dedup
 from .ingest import input_tables, read_dataset
 from .recipe import Recipe, RecipeError, Steps, only_parts
 from .stage import Stage, Step, fingerprint
@@ -54,6 +56,10 @@ class Plan:
         missing = {part for step in self.steps for part in self.missing(step)}
         return tuple(part for part in self.parts if part in missing and part not in blocked)
 
+    def to_compare(self) -> list[int]:
+        """The parts whose images dedup compares with each other."""
+        return _to_compare(self.steps[0], self.parts, self.done["download"])
+
     def job(self) -> Job:
         """What the workers need to know."""
         engine = self.recipe.engine
@@ -65,6 +71,7 @@ class Plan:
             batch={step.name: engine.of(step.name).batch or 32 for step in self.steps},
             threads={step.name: engine.of(step.name).threads for step in self.steps},
             save_every_s=engine.save_every_s,
+            workers={step.name: engine.workers_of(step.name) for step in self.steps},
         )
 
 
@@ -78,26 +85,34 @@ def make_plan(recipe: Recipe, until: str | None = None, write: bool = False) -> 
     dataset = read_dataset(store)
     steps = chain(recipe, store)
     if until is not None:
-        names = [step.name for step in steps]
-        if until not in names:
-            raise RecipeError(f"--until {until}: the recipe has no such step; it has {', '.join(names)}")
-        steps = steps[: names.index(until) + 1]
+        known = [step.name for step in steps]
+        if until not in known:
+            raise RecipeError(f"--until {until}: the recipe has no such step; it has {', '.join(known)}")
+        steps = steps[: known.index(until) + 1]
     tables = input_tables(dataset) if dataset else []
     parts = only_parts(recipe, len(tables))
     if parts is not None and tables and not parts:
         raise RecipeError(f"dataset.only_parts: {recipe.dataset.only_parts!r} names none of the {len(tables)} parts")
+    chosen = tuple(range(len(tables)) if parts is None else parts)
     with ThreadPoolExecutor(_READERS) as pool:
         inputs = dict(enumerate(pool.map(_footer(store), tables)))
-        done, parent = {}, inputs
+        done: dict[str, Mapping[int, Footer]] = {}
+        parent = inputs
         for step in steps:
             names = {step.table(part): part for part in parent}
             there = {f"{step.folder}/{name}" for name in store.names(step.folder, "part-")}
             found = [name for name in names if name in there]
             footers = dict(zip(map(names.__getitem__, found), pool.map(_footer(store), found), strict=True))
             parent = {p: f for p, f in footers.items() if f and f["parent"] == parent[p]["content"]}
+            if dedup.of((step,)) is not None:
+                parent = dedup.fitting(parent, _to_compare(steps[0], chosen, done["download"]))
             done[step.name] = parent
-    chosen = tuple(range(len(tables)) if parts is None else parts)
     return Plan(recipe, store, dataset, steps, chosen, inputs, done)
+
+
+def _to_compare(download: Step, chosen: tuple[int, ...], there: Mapping[int, Footer]) -> list[int]:
+    """The parts whose images dedup compares: the chosen ones, but for what an adopted download does not have."""
+    return [part for part in chosen if part in there or not download.adopted]
 
 
 def _footer(store: Store) -> Callable[[str], Footer]:
@@ -110,7 +125,7 @@ def _footer(store: Store) -> Callable[[str], Footer]:
 def chain(recipe: Recipe, store: Store) -> tuple[Step, ...]:
     """The steps of a recipe with their fingerprints. A step that is adopted brings the results that it was made from.
 
-    Raises RecipeError where the store does not have what a `use` names.
+    Raises RecipeError where the store does not have what a `use` names, and for scores that `scores_of` does not name.
     """
     steps: list[Step] = []
     for field in dataclasses.fields(Steps):
@@ -135,6 +150,12 @@ def chain(recipe: Recipe, store: Store) -> tuple[Step, ...]:
                 raise RecipeError(f"steps.{field.name}.use: the store has no {step.name}/{adopted}; there is: {there}")
             steps[i] = Step(step.stage, inputs["parent"], adopted)
             adopted = inputs["parent"] if i else None
+    for before, step in itertools.pairwise(steps):
+        if (scores_of := getattr(step.stage, "scores_of", None)) not in (None, step.parent):
+            raise RecipeError(
+                f"steps.{step.name}.scores_of: its thresholds were chosen on the scores of {scores_of}, but these are "
+                f"of {before.name}/{step.parent}, from another detector or other phrases; choose anew, or leave it out"
+            )
     return tuple(steps)
 
 

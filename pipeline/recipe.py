@@ -19,6 +19,7 @@ from ..models.cloc.options import Train
 from ..models.contract import ModelError
 from .engines import Engine
 from .steps.caption import Caption
+from .steps.dedup import Dedup
 from .steps.download import Download
 from .steps.ground import Ground
 from .steps.pack import Pack
@@ -50,6 +51,7 @@ class Steps:
     """The options of each step, in the order of the chain. `use: <fingerprint>` in a step adopts an earlier result."""
 
     download: Download = field(default_factory=Download)
+    dedup: Dedup | None = None  # optional: `dedup: {}` adds it
     caption: Caption
     phrases: Phrases = field(default_factory=Phrases)
     ground: Ground
@@ -129,9 +131,26 @@ def _document(path: str, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _check(recipe: Recipe, path: str) -> None:
-    counts = {"dataset.rows_per_part": recipe.dataset.rows_per_part, "engine.workers": recipe.engine.workers}
+    _check_engine(recipe.engine, path)
+    if (rows := recipe.dataset.rows_per_part) < 1:
+        raise RecipeError(f"{path}: dataset.rows_per_part: {rows} is not a positive number")
+    for name, share in dataclasses.asdict(recipe.limits).items():
+        if not 0 <= share <= 1:
+            raise RecipeError(f"{path}: limits.{name}: {share} is not a share between 0 and 1")
+    for where, text in {"dataset.name": recipe.dataset.name, "store": recipe.store}.items():
+        if not text:
+            raise RecipeError(f"{path}: {where}: is empty")
+    if recipe.steps.select.rule.min_agreement is not None and recipe.steps.score is None:
+        raise RecipeError(f"{path}: steps.select.rule.min_agreement: needs the step `score`, which the recipe has not")
+    if not recipe.dataset.source:
+        raise RecipeError(f"{path}: dataset.source: names no file")
+    only_parts(recipe, 0, path)
+
+
+def _check_engine(engine: Engine, path: str) -> None:
+    counts = {"engine.workers": engine.workers}
     for step in dataclasses.fields(Steps):
-        resources = getattr(recipe.engine, step.name)
+        resources = getattr(engine, step.name)
         for name in ("workers", "min_workers", "batch", "threads"):
             counts[f"engine.{step.name}.{name}"] = getattr(resources, name)
         for name in ("cpus", "gpus"):
@@ -140,15 +159,6 @@ def _check(recipe: Recipe, path: str) -> None:
     for where, count in counts.items():
         if count is not None and count < 1:
             raise RecipeError(f"{path}: {where}: {count} is not a positive number")
-    for name, share in dataclasses.asdict(recipe.limits).items():
-        if not 0 <= share <= 1:
-            raise RecipeError(f"{path}: limits.{name}: {share} is not a share between 0 and 1")
-    for where, text in {"dataset.name": recipe.dataset.name, "store": recipe.store}.items():
-        if not text:
-            raise RecipeError(f"{path}: {where}: is empty")
-    if not recipe.dataset.source:
-        raise RecipeError(f"{path}: dataset.source: names no file")
-    only_parts(recipe, 0, path)
 
 
 def only_parts(recipe: Recipe, count: int, path: str = "recipe") -> list[int] | None:

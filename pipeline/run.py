@@ -5,11 +5,14 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
 
 from ..transforms.options import identity
+from . import dedup
+from .compact import finish
 from .engines import Engine, Event, Listener
 from .ingest import ingest
 from .plan import Plan, chain, make_plan, provenance
@@ -17,9 +20,12 @@ from .progress import Display, Tally
 from .recipe import Recipe
 from .stage import part_name
 from .store import Store, to_json
+from .takedown import obeyed
 from .work import Job
 
 _RECORD_EVERY_S = 5.0
+_SAY_EVERY_S = 5.0  # of the pass that compares all images
+_INGEST = ("kept", "duplicate_url", "no_url", "malformed", "taken_down")
 _JUDGED_FROM = 100  # rows of a step before its failures may end a run early
 
 
@@ -35,8 +41,8 @@ def run(recipe: Recipe, until: str | None = None) -> tuple[Plan, bool]:
     plan = _ingest(recipe, until)
     if without := plan.without():
         print(f"{len(without)} of {len(plan.parts)} parts are not in the adopted result: left out", file=sys.stderr)
-    if todo := plan.todo():
-        _work(plan, todo)
+    if plan.todo():
+        _work(plan)
         plan = make_plan(recipe, until)
     if plan.steps[-1].name == "pack":
         write_index(plan)
@@ -49,6 +55,8 @@ def _ingest(recipe: Recipe, until: str | None) -> Plan:
     store = Store(recipe.store, recipe.storage_options)
     store.check(write=True)
     chain(recipe, store)  # so that a recipe error shows before a long read
+    obeyed(store)  # and a takedown list that cannot be read, before any work
+    finish(store, lambda line: print(line, file=sys.stderr))
     read, last = 0, time.monotonic()
     console = Console(stderr=True)
 
@@ -66,13 +74,13 @@ def _ingest(recipe: Recipe, until: str | None) -> Plan:
     )
     if read or not before:
         last_one = dataset["ingests"][-1]
-        counts = ", ".join(f"{last_one[name]:,} {name}" for name in ("kept", "duplicate_url", "no_url", "malformed"))
+        counts = ", ".join(f"{last_one.get(name, 0):,} {name}" for name in _INGEST)
         console.print(f"ingest: {last_one['rows']:,} rows ({counts}) in {last_one['parts']} parts", highlight=False)
     return make_plan(recipe, until)
 
 
-def _work(plan: Plan, todo: tuple[int, ...]) -> None:
-    store, job = plan.store, plan.job()
+def _work(plan: Plan) -> None:
+    store, todo = plan.store, plan.todo()
     for step in plan.steps:
         if not step.adopted:
             store.create(f"{step.folder}/step.json", to_json(step.inputs))
@@ -90,7 +98,50 @@ def _work(plan: Plan, todo: tuple[int, ...]) -> None:
             if event.kind == "done":
                 check_limit(plan.recipe, tally, event.step, at_end=False)
 
-        carry(plan.recipe.engine)(job, todo, plan.recipe.engine, listen)
+        _carry_all(plan, listen, display.say)
+
+
+def _carry_all(plan: Plan, listen: Listener, say: Callable[[str], None]) -> None:
+    """The engine carries the parts; where all parts must be compared first, up to there, and then on."""
+    engine, job, at = plan.recipe.engine, plan.job(), dedup.of(plan.steps)
+    told = set[tuple[str, int]]()
+
+    def listen_once(event: Event) -> None:  # the second time, a part's first steps are found done
+        place = (event.step, event.part)
+        if event.kind != "done" or place not in told:
+            told.update([place] if event.kind == "done" else [])
+            listen(event)
+
+    if at is not None and plan.missing(plan.steps[at]):
+        carry(engine)(replace(job, steps=job.steps[:at]), plan.todo(), engine, listen_once)
+        until = plan.steps[-1].name
+        if not _compare(make_plan(plan.recipe, until), listen_once, say):
+            return
+        plan = make_plan(plan.recipe, until)
+    if todo := plan.todo():
+        carry(engine)(job, todo, engine, listen_once)
+
+
+def _compare(plan: Plan, listen: Listener, say: Callable[[str], None]) -> bool:
+    """The pass over all parts between two carries; whether it could be made."""
+    wanted, there = plan.to_compare(), plan.done["download"]
+    if without := [part for part in wanted if part not in there]:
+        parts = ", ".join(map(str, without[:5])) + (", ..." if without[5:] else "")
+        say(f"dedup: {len(without)} of {len(wanted)} parts are not downloaded ({parts}), so nothing after it can start")
+        return False
+    last = time.monotonic()
+
+    def now_and_then(line: str) -> None:
+        nonlocal last
+        if time.monotonic() - last > _SAY_EVERY_S:
+            last = time.monotonic()
+            say(line)
+
+    memory = plan.recipe.engine.dedup.memory
+    downloads = {part: there[part] for part in wanted}
+    for part, footer, fresh in dedup.run_pass(plan.job(), downloads, memory, say, now_and_then):
+        listen(Event("done", "dedup", part, footer=footer, fresh=fresh))
+    return True
 
 
 def carry(engine: Engine) -> Callable[[Job, Sequence[int], Engine, Listener], None]:

@@ -62,7 +62,7 @@ def _histories(plan: Plan, part: int, rows: list[dict[str, Any]]) -> list[dict[s
         for mine in table.filter(pc.is_in(table["key"], pa.array(going))).to_pylist():
             history = going[mine["key"]]
             history["steps"][step.name] = (mine["outcome"], mine["reason"], mine["detail"], step.fingerprint)
-            history.update({name: mine[name] for name in ADDS[step.name].names})
+            history.update({name: mine.get(name) for name in ADDS[step.name].names})
         going = {key: h for key, h in going.items() if h["steps"].get(step.name, [""])[0] == "kept"}
     return histories
 
@@ -107,6 +107,8 @@ def _found(step: str, history: dict[str, Any]) -> list[tuple[str, Any]]:
                 ("note", f"{note['model']}, prompt {note['prompt'] + 1}: {note['note']} ({end}): {note['text']}")
             )
         return written
+    if step == "dedup":
+        return []
     if step == "phrases":
         return [("phrases", "; ".join(p["text"] for p in history["phrases"]) or "none")]
     if step == "ground":

@@ -38,8 +38,8 @@ class InTwo:
 class Stage(Protocol):
     """Options of one kind of work.
 
-    Two of the columns that a stage may read lie in no table: `image`, the bytes of the stored JPEG, and `select`, the
-    fingerprint of the select step.
+    Three of the columns that a stage may read lie in no table: `image`, the bytes of the stored JPEG, `tar`, the path
+    in the store of the tar that it lies in, and `select`, the fingerprint of the select step.
     """
 
     name: ClassVar[str]
@@ -58,6 +58,23 @@ class Stage(Protocol):
 
     def open(self) -> Function:
         """Build the model or client and return the function. Runs on the worker."""
+        ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a stage's function runs: beside which store, and as one of how many workers of its step, at most."""
+
+    store: Store
+    workers: int
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """A stage whose function depends on its place."""
+
+    def at(self, place: Place) -> Stage:
+        """The same stage, to be opened there."""
         ...
 
 

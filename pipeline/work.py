@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -19,8 +19,9 @@ from ..models.contract import ModelError
 from ..transforms.outcomes import Drop
 from ..transforms.records import ADDS, INPUT, step_schema
 from .guard import guarded
-from .stage import Function, InTwo, Sink, Stage, Step, WithFiles, answer, part_name
+from .stage import Function, InTwo, Place, Placed, Sink, Stage, Step, WithFiles, answer, part_name
 from .store import Store, encode_table, wip
+from .takedown import NAMED_BY, obeyed, obeying
 
 _AHEAD = 2  # batches read while the model is busy
 _PIECE_BYTES = 64 << 20  # of blobs in one saved piece
@@ -37,6 +38,7 @@ class Job:
     batch: Mapping[str, int]
     threads: Mapping[str, int]  # that prepare batches ahead, by step
     save_every_s: float
+    workers: Mapping[str, int] = field(default_factory=dict)  # that share a step's parts, at most; known to the engine
 
     def open_store(self) -> Store:
         """Open the store on this worker."""
@@ -81,6 +83,8 @@ def incoming(store: Store, job: Job, index: int, part: int, wanted: tuple[str, .
         rows = rows.filter(pc.equal(table["outcome"], "kept"))
         if step.name == "download":
             tar = f"{step.folder}/{footer['tar']['name']}"
+            if "tar" in wanted:
+                rows = rows.append_column("tar", pa.repeat(pa.scalar(tar), len(rows)))
         if step.name == "select" and "select" in wanted:
             rows = rows.append_column("select", pa.repeat(pa.scalar(step.fingerprint), len(rows)))
     return Incoming(rows.combine_chunks(), footer["content"], tar)
@@ -126,14 +130,21 @@ def run_part(
         return footer, False
     if step.adopted:
         raise StaleError(f"the adopted result {step.folder} has no {part_name(part)} for these inputs")
+    if step.name == "dedup":  # decided over all parts at once, in the driver
+        raise StaleError(f"{step.table(part)} is gone, or was made from another table; run again")
     stage = step.stage
-    given = incoming(store, job, index, part, stage.reads)
+    if isinstance(stage, Placed):
+        stage = stage.at(Place(store, job.workers.get(step.name, 1)))
+    takedown = obeyed(store)
+    given = incoming(store, job, index, part, (*stage.reads, *(NAMED_BY if takedown else ())))
     sink = stage.sink(store, step.folder, part) if isinstance(stage, WithFiles) else None
     saver = Saver(store, job, step, part, given, sink)
     try:
         saver.resume()
         attempt.on_rows(saver.done)
         function = _open(opener, stage) if saver.done < len(given.rows) else None
+        if function and takedown:
+            function = obeying(function, stage, takedown)
         size = 1 if attempt.alone else job.batch[step.name]
         # A row that is tried alone is also prepared alone, so that the right one is blamed where preparing kills.
         early = function if isinstance(function, InTwo) and not attempt.alone else None
@@ -143,7 +154,7 @@ def run_part(
             saver.add(sink.add(result) if sink else result)
             attempt.on_rows(len(batch))
         attempt.on_key(None)  # a death from here on is no row's fault
-        footer = _footer(step, part, given, saver.table(), sink.close() if sink else {})
+        footer = step_footer(step, part, given, saver.table(), sink.close() if sink else {})
     except BaseException:
         if sink:
             sink.abort()
@@ -211,17 +222,23 @@ def _ahead(
             reader.shutdown(cancel_futures=True)
 
 
-def _footer(step: Step, part: int, given: Incoming, table: pa.Table, files: dict[str, Any]) -> dict[str, Any]:
+def step_footer(step: Step, part: int, given: Incoming, table: pa.Table, files: dict[str, Any]) -> dict[str, Any]:
+    """What a part's table says of itself. Raises ValueError unless every incoming row has an outcome, in order."""
     if not table["key"].combine_chunks().equals(given.rows["key"].combine_chunks()):
         raise ValueError(f"{step.table(part)}: not every row that came in has an outcome")
+    head = {"step": step.name, "fingerprint": step.fingerprint, "part": part, "parent": given.parent}
+    return {**head, "rows": len(table), "counts": counted(table), **files}
+
+
+def counted(table: pa.Table) -> dict[str, Any]:
+    """The rows of a step's table by outcome and reason, as its footer has them."""
     counts: dict[str, Any] = {"kept": 0, "rejected": {}, "failed": {}}
     for row in table.group_by(["outcome", "reason"]).aggregate([([], "count_all")]).to_pylist():
         if row["outcome"] == "kept":
             counts["kept"] = row["count_all"]
         else:
             counts[row["outcome"]][row["reason"]] = row["count_all"]
-    head = {"step": step.name, "fingerprint": step.fingerprint, "part": part, "parent": given.parent}
-    return {**head, "rows": len(table), "counts": counts, **files}
+    return counts
 
 
 def _publish(

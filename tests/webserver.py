@@ -49,13 +49,14 @@ class Peer:
 
 
 class WebServer:
-    """Serves until the `with` block ends; counts connections, and requests per path (with its query)."""
+    """Serves until the `with` block ends; counts connections, also at a time, and requests per path and query."""
 
     def __init__(self, host: str = "127.0.0.1", tls: ssl.SSLContext | None = None) -> None:
         self.host, self.tls = host, tls
         self.hits: Counter[str] = Counter()
         self.requests: list[bytes] = []
         self.connections = 0
+        self.open = self.most = 0  # connections at this moment, and at the busiest
         self._paths: dict[str, Handler] = {}
         self._stopping = threading.Event()
         self._lock = threading.Lock()
@@ -88,9 +89,18 @@ class WebServer:
                 return
             with self._lock:
                 self.connections += 1
+                self.open += 1
+                self.most = max(self.most, self.open)
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
+        try:
+            self._answer(connection)
+        finally:
+            with self._lock:
+                self.open -= 1
+
+    def _answer(self, connection: socket.socket) -> None:
         with suppress(OSError, ValueError):  # the other end hung up, which is its right
             if self.tls:
                 connection = self.tls.wrap_socket(connection, server_side=True)

@@ -73,6 +73,8 @@ class World:
         return load(str(self.recipe), overrides)
 
     def command(self, command: str, *arguments: str) -> list[str]:
+        if command == "report" and "--out" not in arguments:
+            arguments = (*arguments, "--out", str(self.folder / "report.html"))
         return [*VESL, command, str(self.recipe), *arguments]
 
     def run(

@@ -13,6 +13,8 @@ from itertools import islice
 
 import numpy as np
 
+from .refusals import refuses
+
 MAX_CHARS = 10_000
 # Controls, surrogates, private and unassigned characters, line and paragraph ends: never part of a caption. Joiners and
 # direction marks stay, as several scripts and emoji need them.
@@ -40,7 +42,8 @@ def visible(text: object) -> str:
 
 @dataclass(frozen=True)
 class CaptionRule:
-    """What of a model's writing is no caption. Refusals are known in English only; the rest in any script.
+    """What of a model's writing is no caption. Refusals are known in English, Spanish, French, German, Portuguese,
+    Russian, Chinese and Japanese; the rest in any script.
 
     A loop is a block of words that stands `loop_times` times or more in a row, over at least `loop_words` words ("no,
     no, no" is none, nor is what stands within quotation marks). `min_distinct` is of three-word sequences: the share
@@ -101,7 +104,7 @@ def examine(
         if not _said(text):
             return Examined("", ("prompt_echo",))
         notes.append("echo_removed")
-    if rule.refusals and _REFUSAL.match(text[:400].replace("’", "'")):
+    if rule.refusals and refuses(text):
         return Examined("", ("refusal",))
     if (start := _loop(text, rule)) is not None:
         text = text[: max(_sentence_ends(text[:start]), default=0)]
@@ -162,54 +165,6 @@ def _sentence_ends(text: str) -> Iterator[int]:
         yield end
         begin = end
 
-
-# -- Refusals
-
-
-def _any(*ways: str) -> str:
-    return f"(?:{'|'.join(ways)})"
-
-
-_DO = _any(
-    *(
-        "assist",
-        "help (?:you|with)",
-        "see",
-        "view",
-        "open",
-        "access",
-        "describe",
-        "identify",
-        "recogni[sz]e",
-        "provide",
-    ),
-    *("process", "analy[sz]e", "interpret", "caption", "generate", "create", "comply", "fulfil+", "answer", "respond"),
-    *("engage", "continue", "discuss", "determine", "display", "share (?:details|information)", "offer", "complete"),
-    *("do that", "make (?:any )?(?:assumptions|identification)"),
-)
-_CANNOT = _any(" can(?:no|')?t", " can not", " could(?:n't| not)", " won't", " will not") + "(?: directly| actually)?"
-_UNABLE = _any(" am", "'m") + "(?: currently| really)? (?:unable|not able) to(?: directly| actually)?"
-_I_CANNOT = rf"i{_any(_CANNOT, _UNABLE)} {_DO}\b"
-_PICTURE = _any("image", "picture", "photo")
-_GIVEN = _any("provided", "attached", "uploaded", "included", "shared")
-_NO_IMAGE = _any(
-    rf"i (?:don't|do not) (?:actually )?see (?:an|any|the) {_PICTURE}",
-    rf"(?:there|it) (?:is|seems|appears)[^.!?]{{0,60}}?\bno {_PICTURE} (?:was |has been )?(?:to describe|{_GIVEN})",
-    rf"no {_PICTURE} (?:was|is|has been) {_GIVEN}",
-    rf"please (?:upload|provide|share|attach|send) (?:me )?(?:the|an|your) {_PICTURE}",
-    r"it (?:seems|looks|appears) (?:like |that |as (?:if|though) )?you "
-    rf"[^.!?]{{0,30}}?n(?:'t|ot)\b[^.!?]{{0,30}}?{_PICTURE}",
-)
-_AS_AN_AI = r"as an? (?:ai|artificial intelligence|(?:large )?language model|text-based)\b[^.!?]{0,80}?,? i\b"
-_SORRY = _any(
-    r"(?:i(?:'m| am) |we(?:'re| are) )?(?:very |so |really |truly )?(?:sorry|afraid)",
-    *("i apologi[sz]e", "my apologies", "apologies", "unfortunately", "regrettably"),
-)
-# Only at the very beginning, outside of quotation marks, and only with what is refused: a mug that says "I'm sorry, I
-# can't adult today" is no refusal, nor is a caption that ends by saying whom it cannot identify.
-_REFUSAL = re.compile(
-    rf"(?:{_SORRY}\b[^.!?]{{0,60}}?[,.;:!—–-]? ?(?:but )?)?{_any(_AS_AN_AI, _I_CANNOT, _NO_IMAGE)}", re.IGNORECASE
-)
 
 # -- The prompt, said back
 

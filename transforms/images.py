@@ -23,6 +23,7 @@ from PIL import PngImagePlugin as Png
 from PIL import WebPImagePlugin as WebP
 
 from .containers import CLEANERS, orientation, sniff
+from .hashes import phash
 from .outcomes import Drop
 
 MAX_ICC_BYTES = 1 << 20  # of a profile carried over when re-encoding; a larger one is applied instead
@@ -84,6 +85,7 @@ class StoredImage:
     source_height: int
     width: int
     height: int
+    phash: int | None  # perceptual hash of `jpeg`
 
 
 def normalise(data: bytes, rule: ImageRule) -> StoredImage:
@@ -116,8 +118,9 @@ def normalise(data: bytes, rule: ImageRule) -> StoredImage:
             buffer = io.BytesIO()
             rgb.save(buffer, "JPEG", quality=rule.quality, icc_profile=icc)
             jpeg = buffer.getvalue()
+        near = phash(jpeg)
     return StoredImage(
-        jpeg, hashlib.sha256(jpeg).hexdigest(), hashlib.sha256(data).hexdigest(), name, *source_size, *size
+        jpeg, hashlib.sha256(jpeg).hexdigest(), hashlib.sha256(data).hexdigest(), name, *source_size, *size, near
     )
 
 

@@ -40,6 +40,9 @@ REASONS: dict[str, dict[str, Reason]] = {
         "bad_url": Reason("rejected", "not an absolute URL with a host"),
         "bad_scheme": Reason("rejected", "a scheme other than http and https"),
         "blocked_address": Reason("rejected", "the host resolves to a private, local or reserved address"),
+        "blocked_domain": Reason("rejected", "the domain, or one above it, is on the recipe's list"),
+        "robots_disallowed": Reason("rejected", "the host's robots.txt disallows it"),
+        "opted_out": Reason("rejected", "the owner objects: X-Robots-Tag, tdm-reservation or tdmrep.json"),
         "dns_not_found": Reason("failed", "the host name does not exist"),
         "dns_timeout": Reason("failed", "the resolver did not answer", transient=True),
         "connect_refused": Reason("failed", "the host refused or reset the connection", transient=True),
@@ -61,6 +64,11 @@ REASONS: dict[str, dict[str, Reason]] = {
         "too_small": Reason("rejected", "a side shorter than the limit"),
         "bad_aspect": Reason("rejected", "longer for its width than the limit"),
     },
+    "dedup": {
+        "contaminated": Reason("rejected", "a copy of an evaluation image (named in the detail)"),
+        "duplicate_exact": Reason("rejected", "the same image as an earlier one (its key in the detail)"),
+        "duplicate_near": Reason("rejected", "nearly the same image as an earlier one (its key in the detail)"),
+    },
     "caption": {  # where several captions of an image end differently: faults first, then in this order
         "endpoint_error": Reason(
             "failed", "no usable answer from the server, however often it was asked", transient=True
@@ -77,7 +85,11 @@ REASONS: dict[str, dict[str, Reason]] = {
     "ground": {},
     "score": {},
     "select": {
+        "too_small": Reason("rejected", "a side of the image is shorter than the limit"),
+        "bad_aspect": Reason("rejected", "the image is longer for its width than the limit"),
+        "ungrounded": Reason("rejected", "too few of the image's phrases were found in it"),
         "no_regions": Reason("rejected", "no detection passed the filter, and the recipe rejects such images"),
+        "low_best_score": Reason("rejected", "no region scores as much as the recipe asks of one at least"),
     },
     "pack": {},
 }

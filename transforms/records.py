@@ -36,6 +36,19 @@ CAPTION_NOTE = pa.struct(
 )
 # `caption` is the index in the row's captions; [start, end) are character positions in its text.
 PHRASE = pa.struct([("text", pa.string()), ("caption", pa.int16()), ("start", pa.int32()), ("end", pa.int32())])
+# What else was asked and answered: the User-Agent header sent, headers of the answer as they came (null where there was
+# none), and "allowed" where robots.txt was asked.
+HTTP = pa.struct(
+    [
+        ("user_agent", pa.string()),
+        ("date", pa.string()),
+        ("etag", pa.string()),
+        ("last_modified", pa.string()),
+        ("x_robots_tag", pa.string()),
+        ("tdm_reservation", pa.string()),
+        ("robots_txt", pa.string()),
+    ]
+)
 # One pair of a box and a phrase; `phrase` is the index in the row's phrases.
 DETECTION = pa.struct([("box", BOX), ("phrase", pa.int16()), ("score", pa.float32())])
 
@@ -51,10 +64,13 @@ ADDS: dict[str, pa.Schema] = {
             ("height", pa.int32()),
             ("final_url", pa.string()),  # after redirects
             ("content_type", pa.string()),
+            ("http", HTTP),
             ("offset", pa.int64()),  # of the JPEG's first byte in the tar that the footer names
             ("size", pa.int32()),  # in bytes
+            ("phash", pa.int64()),  # perceptual hash of the JPEG as stored; null where it has hardly any structure
         ]
     ),
+    "dedup": pa.schema([]),
     "caption": pa.schema([("captions", pa.list_(CAPTION)), ("caption_notes", pa.list_(CAPTION_NOTE))]),
     "phrases": pa.schema([("phrases", pa.list_(PHRASE))]),
     "ground": pa.schema([("detections", pa.list_(DETECTION)), ("truncated", pa.bool_())]),

@@ -1,11 +1,15 @@
 """The region-text shard: a WebDataset tar of `KEY.jpg` and `KEY.json`, with bytes that depend on its content only.
 
+A shard by reference has `KEY.json` alone, which says where in the store the image lies.
+
 Written by the pack step, read by the trainer, and by anybody with the public `webdataset` library.
 """
 
+import hashlib
 import json
 import math
 import tarfile
+from collections.abc import Mapping
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
@@ -40,13 +44,24 @@ def end_tar(tar: _Writable) -> None:
     tar.write(bytes(-tar.tell() % _RECORD))
 
 
+def close_tar(tar: BinaryIO) -> dict[str, Any]:
+    """End a tar; return its size and hash as `bytes` and `sha256`."""
+    end_tar(tar)
+    size = tar.tell()
+    tar.seek(0)
+    return {"sha256": hashlib.file_digest(tar, "sha256").hexdigest(), "bytes": size}  # type: ignore[arg-type]
+
+
 def _short(value: float) -> float:
     """The shortest decimal that is the same float32: 0.1 and not 0.10000000149011612."""
     return float(str(np.float32(value)))
 
 
-def encode(sample: Sample) -> bytes:
-    """A sample as UTF-8 `KEY.json`: fixed key order, no spaces; coordinates and scores exact as float32."""
+def encode(sample: Sample, image: Mapping[str, Any] | None = None) -> bytes:
+    """A sample as UTF-8 `KEY.json`: fixed key order, no spaces; coordinates and scores exact as float32.
+
+    Where the image is not in the shard, `image` says where it lies: {"tar": its path in the store, "offset", "size"}.
+    """
     document = {
         "key": sample.key,
         "url": sample.url,
@@ -67,6 +82,11 @@ def encode(sample: Sample) -> bytes:
         ],
         "select": sample.select,
     }
+    return dump(document if image is None else document | {"image": dict(image)})
+
+
+def dump(document: Mapping[str, Any]) -> bytes:
+    """JSON as shards have it. Raises ValueError for a number that JSON does not have."""
     return json.dumps(document, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
 
 

@@ -6,14 +6,18 @@ white space begins a comment.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from urllib.parse import urlsplit
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from .urls import KEY_DIGITS, keys, normalise
 
 _HEX = re.compile(r"[0-9a-f]+")
 _COMMENT = re.compile(r"(^|\s)#.*")
+_HOST = r"^[a-z][a-z0-9+.-]*://(?:[^/?#]*@)?(?P<host>[^/?#:\[\]]+)"  # of a normalised URL
 _DOMAIN = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)+")  # a lone word is rather a mutilated key
 
 
@@ -52,7 +56,23 @@ class Takedown:
         if key.lower() in self.keys or sha256.lower() in self.sha256:
             return True
         spelled = (normalise(url) if url and (self.urls or self.domains) else None) or ""
-        return spelled in self.urls or bool(self.domains and spelled and not self.domains.isdisjoint(_above(spelled)))
+        return spelled in self.urls or bool(self.domains and spelled and self._inside(_host(spelled)))
+
+    def match(self, keys: pa.Array, urls: Sequence[pa.Array] = (), hashes: Sequence[pa.Array] = ()) -> pa.Array:
+        """The same for columns, bool [rows]: `keys` and any number of columns of normalised URLs and of sha256."""
+        hit = _among(keys, self.keys)
+        for column in hashes:
+            hit = pc.or_(hit, _among(column, self.sha256))
+        for column in urls:
+            hit = pc.or_(hit, _among(column, self.urls))
+            if self.domains:
+                hosts = pc.struct_field(pc.extract_regex(column, _HOST), "host").dictionary_encode()
+                inside = [host is not None and self._inside(host.lower()) for host in hosts.dictionary.to_pylist()]
+                hit = pc.or_(hit, pc.fill_null(pc.take(pa.array(inside, pa.bool_()), hosts.indices), False))
+        return hit
+
+    def _inside(self, host: str) -> bool:
+        return not self.domains.isdisjoint(_parents(host))
 
     def __bool__(self) -> bool:
         return bool(self.keys or self.sha256 or self.urls or self.domains)
@@ -76,11 +96,18 @@ def _entry(entry: str) -> tuple[str, str]:
     return "domains", host
 
 
-def _above(url: str) -> list[str]:
-    """The host of a normalised URL and every domain that it lies in."""
+def _among(column: pa.Array, values: frozenset[str]) -> pa.Array:
+    return pc.is_in(column, pa.array(sorted(values), pa.string()))
+
+
+def _host(url: str) -> str:
     try:
-        host = (urlsplit(url).hostname or "").removesuffix(".")
+        return urlsplit(url).hostname or ""
     except ValueError:  # no URL of ours; such a one has no domain that could be listed
-        return []
-    labels = host.split(".")
+        return ""
+
+
+def _parents(host: str) -> list[str]:
+    """A host and every domain that it lies in."""
+    labels = host.removesuffix(".").split(".")
     return [".".join(labels[i:]) for i in range(len(labels))]

@@ -16,7 +16,7 @@ def open_captioner(options: Captioning) -> Captioner:
         return vllm.open_captioner(options)
     try:
         from . import generate
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ModelError(
             f"model {options.model}: needs `pip install 'vesl[models]'` ({error.name} is missing)"
         ) from None

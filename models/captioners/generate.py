@@ -9,10 +9,11 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,12 @@ from transformers import (
 )
 from transformers.models.auto import processing_auto as processors
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-from transformers.utils import logging
 
 from ...transforms.images import decode, within
 from ...transforms.outcomes import Drop
 from .. import hub
 from ..contract import Captioner, ModelError, Written
-from ..device import Pieces, moved, pinned, place
+from ..device import Pieces, moved, pinned, place, quiet
 from ..options import ALT_CHARS, Captioning
 
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
@@ -94,6 +94,10 @@ class Generate:
         own_generation(options, self.writer, self.tokenizer)
         self._control = _control_tokens(self.processor)
         self._pieces = Pieces()
+        self._piece, self._seen = (0, 0), dict[int, tuple[int, Any]]()  # by a piece's start: its end and its features
+        see = getattr(self.model.base_model, "get_image_features", None)
+        if see is not None and len(options.prompts) > 1:
+            self.model.base_model.get_image_features = self._once(see)
         if options.compile:
             self.writer.compile(dynamic=True)
         with complaining(options, "its processor or chat template does not work"):
@@ -142,12 +146,19 @@ class Generate:
 
     def __call__(self, prepared: list[list[Row]]) -> list[list[Written | Drop]]:
         """Write each image's captions, in the order of the prompts."""
-        columns = [self._pieces(len(rows), partial(self._write, rows)) for rows in prepared]
+        # By length, so that pieces of the batch, should memory ask for them, are padded less.
+        order = [k for k, _ in sorted(enumerate(prepared[0]), key=lambda row: row[1].inputs["input_ids"].shape[1])]
+        columns = []
+        self._seen.clear()
+        for rows in prepared:
+            written = self._pieces(len(rows), partial(self._write, [rows[k] for k in order]))
+            columns.append([text for _, text in sorted(zip(order, written, strict=True), key=itemgetter(0))])
+        self._seen.clear()
         return [list(row) for row in zip(*columns, strict=True)]
 
     @torch.inference_mode()
     def _write(self, prepared: Sequence[Row], start: int, end: int) -> list[Written]:
-        rows = prepared[start:end]
+        rows, self._piece = prepared[start:end], (start, end)
         luck = LogitsProcessorList([Draw([row.seed for row in rows], self.options)] if self.options.temperature else [])
         stops, written = self.stops, []
         for tokens in self.generate(rows, luck):
@@ -155,6 +166,19 @@ class Generate:
             text = self.tokenizer.decode(tokens[:stop], skip_special_tokens=True)
             written.append(Written(text.strip(), stop is not None))
         return written
+
+    def _once(self, see: Callable[..., Any]) -> Callable[..., Any]:
+        """The same encoder of images, but what it made of a piece of the batch serves all prompts."""
+
+        @wraps(see)  # with its signature, by which transformers chooses what to pass
+        def seen(*values: Any, **named: Any) -> Any:
+            start, end = self._piece
+            if self._seen.get(start, (None,))[0] != end:
+                self._seen.pop(start, None)  # of a piece that was too large: its memory is needed now
+                self._seen[start] = end, see(*values, **named)
+            return self._seen[start][1]
+
+        return seen
 
     def fitting(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The same inputs in the model's precision."""
@@ -229,8 +253,7 @@ def collate(rows: Sequence[Row], pad: int, side: str) -> dict[str, torch.Tensor]
 
 def load_model(options: Captioning, folder: Path, dtype: torch.dtype) -> Any:
     """Load the weights, all of them. Raises ModelError."""
-    with complaining(options, "transformers cannot load it as an image-text-to-text model"):
-        logging.disable_progress_bar()
+    with complaining(options, "transformers cannot load it as an image-text-to-text model"), quiet():
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **_LOCAL
         )

@@ -38,6 +38,7 @@ _FIRST_WAIT_S = 1.0  # before the second try; doubled each time
 _MAX_WAIT_S = 60.0  # also of what a Retry-After asks for
 _AGAIN = (408, 409, 425, 429)  # and 5xx
 _NONSENSE_TRIES = 3  # of an answer that makes no sense: some models make none of some image, however often it is asked
+_IN_VAIN = 8  # requests in a row (or in_flight, if that is more) without any use: then it is the server, no image
 _FILTERED = re.compile(r"content.?(?:filter|policy|management)|moderation|safety", re.IGNORECASE)
 # What strangers must not write into a prompt: the end of a turn, an image's place. A server takes text for tokens.
 _CONTROL = re.compile(
@@ -171,19 +172,13 @@ class _Client:
         from yarl import URL
 
         self._endpoint = endpoint
-        try:
-            url = URL(endpoint.url)
-            if url.scheme not in ("http", "https") or not url.host:
-                raise ValueError
-        except ValueError:
-            raise ModelError("endpoint.url: is not like http://host:8000/v1") from None
-        if url.user or url.password:
-            raise ModelError("endpoint.url: has a user or password in it; put a key into the environment instead")
+        url = URL(endpoint.url)
         self._url, self._where = url, str(url.with_query(None).with_fragment(None))
         self._key = os.environ.get(endpoint.key_from, "").strip()
         if not (self._key.isascii() and self._key.replace(" ", "").isprintable()):
             raise ModelError(f"endpoint.key_from: what {endpoint.key_from} holds is no key: not printable ASCII")
         self._slots, self._not_before, self._worked = asyncio.Semaphore(endpoint.in_flight), 0.0, False
+        self._in_vain = 0  # requests given up since the last answer that was of use
         self._loop = asyncio.new_event_loop()
         Thread(target=self._loop.run_forever, name="endpoint", daemon=True).start()
         self._session = self.run(self._open()).result()
@@ -271,11 +266,11 @@ class _Client:
                 status, headers, data = await self._once("POST", "chat/completions", request)
                 if status == 200:
                     found = read(data)
-                    self._worked = True
+                    self._worked, self._in_vain = True, 0
                     return found
                 trouble = f"{status}: {_complaint(data)}"
                 if drop := self._verdict(status, trouble):
-                    return drop
+                    return self._given_up(drop)
                 after = _seconds(headers.get("Retry-After")) if status in (429, 503) else None
                 tries += 0.5 if status == 429 else 1  # a rate limit is no fault, but not to be asked for ever either
             except NonsenseError as error:
@@ -290,7 +285,14 @@ class _Client:
                 self._not_before = max(self._not_before, self._loop.time() + min(after, _MAX_WAIT_S))
             if tries <= self._endpoint.retries and nonsense < _NONSENSE_TRIES:
                 await asyncio.sleep(wait_s * random.uniform(1, 1.5) if after else wait_s * random.uniform(0.5, 1))  # noqa: S311
-        return Drop("endpoint_error", f"{trouble} (asked {waits} times)")
+        return self._given_up(Drop("endpoint_error", f"{trouble} (asked {waits} times)"))
+
+    def _given_up(self, drop: Drop) -> Drop:
+        """The same. Raises ModelError where so many in a row end like this that no image can be to blame."""
+        self._in_vain = 0 if drop.reason == "content_filter" else self._in_vain + 1
+        if self._in_vain >= max(_IN_VAIN, self._endpoint.in_flight):
+            raise ModelError(self._line(f"no usable answer to the last {self._in_vain} requests: {drop.detail}"))
+        return drop
 
     def _verdict(self, status: int, trouble: str) -> Drop | None:
         """What a status other than 200 means for good; None where another try may help."""

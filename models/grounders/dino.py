@@ -9,13 +9,15 @@ text is put together from token ids, so it is known which token is of which phra
 - An image whose phrases are more than one text holds is asked several times, and each text has boxes of its own. The
   backbone runs once for an image; encoder and decoder run once for each text, as they fuse text and image from the
   encoder's first layer on (section 3.2 of the paper).
-- Only images of the same size after resizing share a forward: Swin's windows mix what pads a smaller image into it
-  (the pixel mask begins after the backbone), so that a result would depend on its neighbours in the batch.
+- Images of several sizes share a forward, and each has the result that it has alone. In the library padding leaks (its
+  pixel mask begins after the backbone), so here backbone and projections take images size by size, and the encoder
+  and decoder, most of the work, take them together.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,15 @@ from PIL import Image
 
 from ...transforms.images import decode
 from ..contract import Detections, Grounder, ModelError
-from ..device import Pieces, moved, pinned, place
+from ..device import Pieces, moved, pinned, place, quiet
 from ..options import Grounding
+from .mixed import Mixed
 
-# (pixels float [n, 3, H, W], image of each row int64 [R], ids int64 [R, T], mask bool [R, T])
-# -> logits [R, Q, at least T], boxes [R, Q, 4] as centre, width and height in 0..1
-Network = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+PADDED = 1.25  # pixels of a forward with its padding, to those without, at most: images of other shapes go into another
+
+# (pixels by size, float [n, 3, H, W] each; image of each row among all of them int64 [R], not falling;
+#  ids int64 [R, T]; mask bool [R, T]) -> logits [R, Q, at least T], boxes [R, Q, 4] as centre, width, height in 0..1
+Network = Callable[[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -92,26 +97,23 @@ class Asker:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Images of one size with their texts, one row for each text, rows of an image next to each other.
+class Prepared:
+    """A batch of `count` images: of those with phrases, n in order of their shape, the pixels and R texts, a row each.
 
-    tensors: pixels, uint8 [n, 3, H, W]; of, int64 [R], the row's image among the n; ids, int64 [R, T]; mask, bool
-    [R, T]; slots, int64 [R, T], in `phrases` of the row, or `width` for tokens of no phrase. images: [n], places in the
-    batch. phrases: for each row, int16 indices in what its image was asked.
+    images: [n], places in the batch. pixels: [n], uint8 [3, H, W] each. of: int64 [R], the row's image among the n, not
+    falling. text: ids, int64 [R, T]; mask, bool [R, T]; slots, int64 [R, T], in `phrases` of the row, or `width` for
+    tokens of no phrase. cost: int64 [R, 3], the height, the width and the tokens of a row. phrases: [R], int16 indices
+    in what the image was asked. twins: [count], phrases that occur again.
     """
 
-    tensors: tuple[torch.Tensor, ...]
-    width: int
-    images: list[int]
-    phrases: list[npt.NDArray[np.int16]]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A batch: how many images, those that have phrases in groups, and each image's phrases that occur again."""
-
     count: int
-    groups: list[Group]
+    images: list[int]
+    pixels: list[torch.Tensor]
+    of: npt.NDArray[np.int64]
+    text: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    width: int
+    cost: npt.NDArray[np.int64]
+    phrases: list[npt.NDArray[np.int16]]
     twins: list[list[tuple[int, int]]]
 
 
@@ -136,62 +138,70 @@ class DinoGrounder:
     def __init__(self, network: Network, asker: Asker, look: Look, options: Grounding, device: torch.device) -> None:
         self._network, self._asker, self._look, self._device = network, asker, look, device
         self._floor = options.score_floor
-        self._whole = options.compile  # texts of one length, so that a compiled network sees fewer shapes
+        self._most = options.batch_pixels, options.batch_tokens
         self._pieces = Pieces()
         self.forwards = self.texts = 0
 
     def prepare(self, jpegs: Sequence[bytes], phrases: Sequence[Sequence[str]]) -> Prepared:
-        """Decode, resize, tokenise, and sort by size. An image without phrases is not even decoded.
+        """Decode, resize, tokenise, and sort by shape. An image without phrases is not even decoded.
 
         Raises OSError or SyntaxError for an image that is no JPEG.
         """
         asked = [self._asker(texts) if texts else ([], []) for texts in phrases]
-        sizes: dict[tuple[int, ...], list[tuple[int, npt.NDArray[np.uint8]]]] = {}
-        for index, (jpeg, (texts, _)) in enumerate(zip(jpegs, asked, strict=True)):
-            if texts:
-                pixels = self._look.resize(decode(jpeg))
-                sizes.setdefault(pixels.shape, []).append((index, pixels))
-        groups = [self._group(members, [asked[index][0] for index, _ in members]) for members in sizes.values()]
-        return Prepared(len(jpegs), groups, [twins for _, twins in asked])
-
-    def _group(self, members: list[tuple[int, npt.NDArray[np.uint8]]], asked: list[list[Text]]) -> Group:
-        rows = [(at, text) for at, texts in enumerate(asked) for text in texts]
-        width = max(len(text.phrases) for _, text in rows)
-        shape = (len(rows), self._asker.room if self._whole else max(len(text.ids) for _, text in rows))
-        ids, slots = np.full(shape, self._asker.padding), np.full(shape, width)
+        seen = {index: self._look.resize(decode(jpegs[index])) for index, (texts, _) in enumerate(asked) if texts}
+        images = sorted(seen, key=lambda index: (seen[index].shape[1] / seen[index].shape[2], seen[index].shape, index))
+        rows = [(at, text) for at, index in enumerate(images) for text in asked[index][0]]
+        width = max((len(text.phrases) for _, text in rows), default=0)
+        shape = (len(rows), max((len(text.ids) for _, text in rows), default=0))
+        ids, slots = np.full(shape, self._asker.padding), np.full(shape, -1)
         mask = np.zeros(shape, bool)
         for row, (_, text) in enumerate(rows):
             ids[row, : len(text.ids)] = text.ids
             slots[row, : len(text.ids)] = text.slots
             mask[row, : len(text.ids)] = True
         slots[slots < 0] = width
-        arrays = (np.stack([pixels for _, pixels in members]), np.array([at for at, _ in rows]), ids, mask, slots)
-        tensors = pinned(tuple(torch.from_numpy(array) for array in arrays))
-        phrases = [np.array(text.phrases, np.int16) for _, text in rows]
-        return Group(tensors, width, [index for index, _ in members], phrases)
+        cost = [(*seen[images[at]].shape[1:], len(text.ids)) for at, text in rows]
+        return Prepared(
+            count=len(jpegs),
+            images=images,
+            pixels=pinned([torch.from_numpy(seen[index]) for index in images]),
+            of=np.array([at for at, _ in rows], np.int64),
+            text=pinned(tuple(torch.from_numpy(array) for array in (ids, mask, slots))),
+            width=width,
+            cost=np.array(cost, np.int64).reshape(-1, 3),
+            phrases=[np.array(text.phrases, np.int16) for _, text in rows],
+            twins=[twins for _, twins in asked],
+        )
 
     @torch.inference_mode()
     def __call__(self, prepared: Prepared) -> list[Detections]:
         """Return every pair at or above the floor. Raises ValueError where the network computes what is no number."""
         found: list[list[Detections]] = [[] for _ in range(prepared.count)]
-        for group in prepared.groups:
-            rows = self._pieces(len(group.phrases), partial(self._run, group))
-            for at, row in zip(group.tensors[1].tolist(), rows, strict=True):
-                found[group.images[at]].append(row)
+        rows = self._pieces(len(prepared.of), partial(self._run, prepared), partial(self._fits, prepared.cost))
+        for at, row in zip(prepared.of.tolist(), rows, strict=True):
+            found[prepared.images[at]].append(row)
         return [_joined(rows, twins) for rows, twins in zip(found, prepared.twins, strict=True)]
 
-    def _run(self, group: Group, start: int, end: int) -> list[Detections]:
-        pixels, of, *text = group.tensors
-        of, text = of[start:end], [each[start:end] for each in text]
-        first, last = int(of[0]), int(of[-1])
-        pixels, of, ids, mask, slots = moved([pixels[first : last + 1], of - first, *text], self._device)
+    def _fits(self, cost: npt.NDArray[np.int64], start: int, end: int) -> bool:
+        """Whether rows may share a forward: within both budgets, and not too much of it padding."""
+        height, width, tokens = cost[start:end].max(0)
+        pixels, (most_pixels, most_tokens) = height * width * (end - start), self._most
+        own = (cost[start:end, 0] * cost[start:end, 1]).sum()
+        return bool(pixels <= min(most_pixels, own * PADDED) and tokens * (end - start) <= most_tokens)
+
+    def _run(self, prepared: Prepared, start: int, end: int) -> list[Detections]:
+        first, last = int(prepared.of[start]), int(prepared.of[end - 1])
+        of, tokens = torch.from_numpy(prepared.of[start:end] - first), int(prepared.cost[start:end, 2].max())
+        text = [each[start:end, :tokens] for each in prepared.text]
+        pixels, of, (ids, mask, slots) = moved((prepared.pixels[first : last + 1], of, text), self._device)
+        stacks = [torch.stack(list(same)) for _, same in groupby(pixels, key=lambda image: image.shape)]
         self.forwards += 1
         self.texts += end - start
-        logits, boxes = self._network(self._look.normalise(pixels), of, ids, mask)
-        found = pairs(logits, boxes, slots, group.width, self._floor)
+        logits, boxes = self._network([self._look.normalise(stack) for stack in stacks], of, ids, mask)
+        found = pairs(logits, boxes, slots, prepared.width, self._floor)
         return [
             Detections(boxes, phrases[slots], scores)
-            for phrases, (boxes, slots, scores) in zip(group.phrases[start:end], found, strict=True)
+            for phrases, (boxes, slots, scores) in zip(prepared.phrases[start:end], found, strict=True)
         ]
 
 
@@ -204,10 +214,10 @@ def pairs(
     token of a phrase. Boxes are clipped to the image; one of which nothing is left is no pair. Raises ValueError: NaN.
     """
     logits, boxes = logits[..., : slots.shape[1]].float(), boxes.float()
-    if bool(logits.isnan().any() | boxes.isnan().any()):
-        raise ValueError("the model computed what is no number; dtype: float32 or bfloat16 has more room")
     best = logits.new_full((*logits.shape[:2], width + 1), -torch.inf)
     best.scatter_reduce_(2, slots[:, None].expand_as(logits), logits, "amax")
+    if bool(best.isnan().any() | boxes.isnan().any()):
+        raise ValueError("the model computed what is no number; dtype: float32 or bfloat16 has more room")
     best = best[..., :width]
     scores = best.sigmoid()
     centre, half = boxes[..., :2], boxes[..., 2:] / 2
@@ -234,6 +244,7 @@ def _joined(rows: list[Detections], twins: list[tuple[int, int]]) -> Detections:
 
 def open_grounder(options: Grounding, folder: Path) -> Grounder:
     """Load a GroundingDinoForObjectDetection and its tokenizer from a folder. Raises ModelError."""
+    refuse_to_compile(options)
     device, dtype = place(options)
     model, tokenizer, processor = _load(options, folder)
     asker = Asker(tokenizer, min(model.config.max_text_len, model.config.text_config.max_position_embeddings))
@@ -243,7 +254,13 @@ def open_grounder(options: Grounding, folder: Path) -> Grounder:
             f"architecture has {marks}: phrases would run into one another"
         )
     look = _look(options, processor, _Fit(model.config))
-    return DinoGrounder(_Network(model.to(device).eval(), device, dtype, options.compile), asker, look, options, device)
+    return DinoGrounder(Mixed(model.to(device).eval(), device, dtype), asker, look, options, device)
+
+
+def refuse_to_compile(options: Grounding) -> None:
+    """Raise ModelError for `compile`: hardly two forwards have the same shapes, and each would be compiled anew."""
+    if options.compile:
+        raise ModelError(f"model {options.model}: compile: is for OWLv2 and OWL-ViT, whose images have one size")
 
 
 def _load(options: Grounding, folder: Path) -> tuple[Any, Any, Any]:
@@ -254,12 +271,12 @@ def _load(options: Grounding, folder: Path) -> tuple[Any, Any, Any]:
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     library: Any = GroundingDinoForObjectDetection
     try:
-        # In float32 whatever the dtype: see _Network.
-        model, info = library.from_pretrained(
-            folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **local
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-        processor = GroundingDinoImageProcessorPil.from_pretrained(folder, local_files_only=True)
+        with quiet():  # in float32 whatever the dtype: see Mixed
+            model, info = library.from_pretrained(
+                folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **local
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+            processor = GroundingDinoImageProcessorPil.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(f"model {options.model}: {' '.join(str(error).split())[:300]}") from None
     if missing := sorted(info["missing_keys"]):
@@ -307,43 +324,3 @@ def _look(options: Grounding, processor: Any, fit: _Fit) -> Look:
 
     normal = (processor.image_mean, processor.image_std) if processor.do_normalize else ((0.0,) * 3, (1.0,) * 3)
     return Look(resize, processor.rescale_factor if processor.do_rescale else 1.0, *normal)
-
-
-class _Network:
-    """The library's model with one backbone pass for all texts of an image.
-
-    Weights stay float32 and a lower precision is autocast's: in bfloat16 throughout, a box's corner would be one of
-    256 steps, and so would the places that deformable attention looks at.
-    """
-
-    def __init__(self, model: Any, device: torch.device, dtype: torch.dtype, fast: bool) -> None:
-        self._once = model.model.backbone = _Once(model.model.backbone)
-        self._model = torch.compile(model) if fast else model
-        self._device, self._dtype = device, dtype
-
-    def __call__(
-        self, pixels: torch.Tensor, of: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self._once.of = of
-        whole = torch.ones((len(of), *pixels.shape[2:]), dtype=torch.long, device=pixels.device)
-        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
-            out = self._model(
-                pixel_values=pixels, pixel_mask=whole, input_ids=ids, attention_mask=mask, token_type_ids=ids * 0
-            )
-        return out.logits, out.pred_boxes
-
-
-class _Once(torch.nn.Module):
-    """A backbone that sees each image once and gives its features to each of the image's rows."""
-
-    def __init__(self, inner: Any) -> None:
-        super().__init__()
-        self.inner = inner
-        self.position_embedding = inner.position_embedding
-        self.of = torch.empty(0, dtype=torch.long)
-
-    def forward(self, pixels: torch.Tensor, mask: torch.Tensor) -> tuple[list[Any], list[torch.Tensor]]:
-        """Take pixels [n, 3, H, W] and a mask [R, H, W] of ones."""
-        features, positions = self.inner(pixels, mask[: len(pixels)])
-        of = self.of
-        return [(each[of], where[of]) for each, where in features], [each[of] for each in positions]

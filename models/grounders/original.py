@@ -13,6 +13,7 @@ here. Its BertModelWarper asks for methods that transformers 5 no longer has, so
 
 import importlib
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,9 +27,9 @@ from PIL import Image
 
 from .. import hub
 from ..contract import Grounder, ModelError
-from ..device import place
+from ..device import place, quiet
 from ..options import Grounding
-from .dino import Asker, DinoGrounder, Look
+from .dino import Asker, DinoGrounder, Look, refuse_to_compile
 
 _SIDE_PX, _LONGEST = 800, 1333 / 800  # of the package's transforms: the short side, and the long one's limit to it
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -38,17 +39,20 @@ _BUILDING = threading.Lock()
 
 def open_grounder(options: Grounding) -> Grounder:
     """Load a model of the package. Raises ModelError."""
+    warnings.filterwarnings("ignore", module=r"groundingdino\.")  # the package is older than its libraries, and the
+    warnings.filterwarnings("ignore", "torch.meshgrid")  # user cannot change that
     try:
         package = importlib.import_module("groundingdino.models.GroundingDINO.groundingdino")
     except ImportError as error:
         raise ModelError(
             f"model {options.model}: needs `pip install 'vesl[groundingdino]'` ({error.name or error} is missing)"
         ) from None
+    refuse_to_compile(options)
     device, dtype = place(options)
     folder = hub.find(options.model)
     model, tokenizer = _load(package, folder, options)
     look = Look(_resizer(options.image_px or _SIDE_PX, model.num_queries), 1 / 255, _MEAN, _STD)
-    network = _Network(model.to(device).eval(), package.NestedTensor, device, dtype, options.compile)
+    network = _Network(model.to(device).eval(), package.NestedTensor, device, dtype)
     return DinoGrounder(network, Asker(tokenizer, _ROOM), look, options, device)
 
 
@@ -62,7 +66,8 @@ def _load(package: Any, folder: Path, options: Grounding) -> tuple[Any, Any]:
         raise ModelError(f"model {options.model}: config.json: backbone: {config.get('backbone')!r} is no swin_...")
     config |= {"use_checkpoint": False, "use_transformer_ckpt": False}  # they save memory in training only
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         bert = BertModel(BertConfig(**config.pop("text_config", {})))
         with _built_of(package, tokenizer, bert):
             model = package.build_groundingdino(SimpleNamespace(**config))
@@ -125,22 +130,33 @@ class TextEncoder(torch.nn.Module):
 class _Network:
     """The package's model, given token ids instead of captions. Precision as in `dino.py`."""
 
-    def __init__(self, model: Any, nested: Any, device: torch.device, dtype: torch.dtype, fast: bool) -> None:
+    def __init__(self, model: Any, nested: Any, device: torch.device, dtype: torch.dtype) -> None:
         self._nested = nested
-        self._model, self._call = model, torch.compile(model) if fast else model
-        self._device, self._dtype = device, dtype
+        self._model, self._device, self._dtype = model, device, dtype
 
     def __call__(
-        self, pixels: torch.Tensor, of: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor
+        self, pixels: list[torch.Tensor], of: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, boxes = zip(*self._by_size(pixels, of, ids, mask), strict=True)
+        return torch.cat(logits), torch.cat(boxes)
+
+    def _by_size(
+        self, pixels: list[torch.Tensor], of: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """One size at a time: in the package as it is, what pads an image changes its result."""
         from transformers import BatchEncoding
 
-        text = {"input_ids": ids, "token_type_ids": ids * 0, "attention_mask": mask.long()}
-        self._model.tokenizer = lambda captions, **how: BatchEncoding(dict(text))
-        nothing = torch.zeros((len(of), *pixels.shape[2:]), dtype=torch.bool, device=pixels.device)  # is padding
-        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
-            out = self._call(self._nested(pixels[of], nothing), captions=[""] * len(of))
-        return out["pred_logits"], out["pred_boxes"]
+        start = 0
+        for same in pixels:
+            own = (of >= start) & (of < start + len(same))
+            text = {"input_ids": ids[own], "token_type_ids": ids[own] * 0, "attention_mask": mask[own].long()}
+            self._model.tokenizer = lambda captions, text=text, **how: BatchEncoding(dict(text))
+            images = same[of[own] - start]
+            nothing = torch.zeros_like(images[:, 0], dtype=torch.bool)  # is padding
+            with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
+                out = self._model(self._nested(images, nothing), captions=[""] * len(images))
+            yield out["pred_logits"], out["pred_boxes"]
+            start += len(same)
 
 
 def _resizer(side_px: int, queries: int) -> Any:

@@ -11,8 +11,7 @@ How phrases are read: put into the template, lower-cased by CLIP's tokenizer, cu
 """
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -32,7 +31,7 @@ from transformers.models.owlvit.image_processing_pil_owlvit import OwlViTImagePr
 from ...transforms.images import decode
 from .. import hub
 from ..contract import Detections, ModelError
-from ..device import Pieces, moved, pinned, place
+from ..device import Memory, Pieces, moved, pinned, place, quiet
 from ..options import Grounding
 
 MOST = 1000  # pairs of an image that leave the device, the best; more than the ground step stores
@@ -53,9 +52,12 @@ def open_grounder(options: Grounding, folder: Path) -> "Owl":
     processors: Any = Owlv2ImageProcessorPil if second else OwlViTImageProcessorPil
     local: Any = {"local_files_only": True, "trust_remote_code": False}
     try:
-        model, told = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **local)
-        sight = Sight.of(processors.from_pretrained(folder, **local), second, square_side(options, model.config))
-        tokenizer = CLIPTokenizer.from_pretrained(folder, **local)
+        with quiet():
+            model, told = kind.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **local
+            )
+            sight = Sight.of(processors.from_pretrained(folder, **local), second, square_side(options, model.config))
+            tokenizer = CLIPTokenizer.from_pretrained(folder, **local)
     except _FAULTS as error:
         raise ModelError(f"model {options.model}: {' '.join(str(error).split())[:300]}") from None
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -152,6 +154,7 @@ class Prepared:
 
     total: int
     rows: list[int]  # of the batch: where the n images belong
+    counts: list[int]  # [n], phrases of each, not falling
     keys: list[bytes]  # [u], the text's tokens
     tokens: Tensor  # int64 [2, u, text length]: ids and attention mask
     pixels: Tensor  # [n, 3, side, side] of the tower's dtype
@@ -167,10 +170,11 @@ class Owl:
         self._floor = max(0.0, options.score_floor)
         # The ground step's own options are these and how many pairs it stores: one more tells that there were more.
         self._most = max(MOST, options.max_detections + 1)
+        self._batch_pixels, self._batch_tokens = options.batch_pixels, options.batch_tokens
         self._device, self._dtype = model.device, model.base_model.vision_model.embeddings.patch_embedding.weight.dtype
         # The tokenizer behind the library's: theirs sets length and padding at each call, which threads cannot share.
         self._tokenizer = tokenizer.backend_tokenizer
-        length = model.config.text_config.max_position_embeddings
+        self._length = length = model.config.text_config.max_position_embeddings
         self._tokenizer.enable_truncation(length)
         pad = {"pad_id": tokenizer.pad_token_id or 0, "pad_token": tokenizer.pad_token or "!"}
         self._tokenizer.enable_padding(length=length, **pad)
@@ -179,10 +183,10 @@ class Owl:
         self._see = torch.compile(model.image_embedder) if options.compile else model.image_embedder
 
     def prepare(self, jpegs: Sequence[bytes], phrases: Sequence[Sequence[str]]) -> Prepared:
-        """Decode, scale and tokenise; an image without phrases is not even decoded."""
-        rows = [k for k, own in enumerate(phrases) if own]
+        """Decode, scale and tokenise, those with few phrases first; an image without phrases is not even decoded."""
+        rows = sorted((k for k, own in enumerate(phrases) if own), key=lambda k: len(phrases[k]))
         keys, tokens, number = self._read(list(dict.fromkeys(phrase for own in phrases for phrase in own)))
-        asked = np.full((len(rows), max((len(phrases[k]) for k in rows), default=0)), -1, np.int64)
+        asked = np.full((len(rows), len(phrases[rows[-1]]) if rows else 0), -1, np.int64)
         pixels = torch.empty((len(rows), 3, self._sight.side, self._sight.side), dtype=self._dtype)
         stretch = np.ones((len(rows), 4), np.float32)
         for n, k in enumerate(rows):
@@ -192,7 +196,7 @@ class Owl:
             if self._sight.padded:
                 stretch[n] = max(image.size) / np.array(image.size * 2, np.float32)
         tensors = pinned((torch.from_numpy(tokens), pixels, torch.from_numpy(asked), torch.from_numpy(stretch)))
-        return Prepared(len(phrases), rows, keys, *tensors)
+        return Prepared(len(phrases), rows, [len(phrases[k]) for k in rows], keys, *tensors)
 
     def _read(self, phrases: list[str]) -> tuple[list[bytes], npt.NDArray[np.int64], dict[str, int]]:
         """The different token rows of phrases: their keys, ids and masks [2, u, length], and the row of each phrase."""
@@ -222,13 +226,19 @@ class Owl:
         texts = self._memory(prepared.keys, lambda new: self._embed(prepared.tokens[:, new]))
 
         def run(start: int, end: int) -> list[Detections]:
-            part = (prepared.pixels[start:end], prepared.asked[start:end], prepared.stretch[start:end])
+            asked = prepared.asked[start:end, : prepared.counts[end - 1]]
+            part = (prepared.pixels[start:end], asked, prepared.stretch[start:end])
             pixels, asked, stretch = moved(part, self._device)
             boxes, scores = self._score(pixels, texts, asked)
             boxes, phrases, scores = best_pairs(boxes * stretch[:, None], scores, asked >= 0, self._most)
             return apart(boxes.cpu().numpy(), phrases.cpu().numpy(), scores.cpu().numpy(), self._floor)
 
-        for row, detections in zip(prepared.rows, self._images(len(prepared.rows), run), strict=True):
+        def fits(start: int, end: int) -> bool:
+            queries = (end - start) * prepared.counts[end - 1]
+            pixels = (end - start) * self._sight.side**2
+            return bool(pixels <= self._batch_pixels and queries * self._length <= self._batch_tokens)
+
+        for row, detections in zip(prepared.rows, self._images(len(prepared.rows), run, fits), strict=True):
             found[row] = detections
         return found
 
@@ -249,7 +259,10 @@ class Owl:
             embedded = embedded.float()
             return list(embedded / embedded.norm(dim=-1, keepdim=True))
 
-        return torch.stack(self._texts(tokens.shape[1], run))
+        def fits(start: int, end: int) -> bool:
+            return bool((end - start) * self._length <= self._batch_tokens)
+
+        return torch.stack(self._texts(tokens.shape[1], run, fits))
 
 
 def best_pairs(boxes: Tensor, scores: Tensor, wanted: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -274,49 +287,6 @@ def apart(
     counts = (~(scores < np.float32(floor))).sum(axis=1).tolist()
     each = zip(boxes, phrases, scores, counts, strict=True)
     return [Detections(box[:k].copy(), phrase[:k].copy(), score[:k].copy()) for box, phrase, score, k in each]
-
-
-class Memory:
-    """The embeddings of the texts used last, at most `most`, in one tensor [slots, d] that grows as they come."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._slots: OrderedDict[bytes, int] = OrderedDict()  # the one used last is last
-        self._table: Tensor | None = None
-
-    def __call__(self, keys: Sequence[bytes], embed: Callable[[list[int]], Tensor]) -> Tensor:
-        """Embeddings [u, d] of u different keys; embed(positions) makes those [v, d] of the keys not remembered."""
-        new = [k for k, key in enumerate(keys) if key not in self._slots]
-        fresh = embed(new) if new else None
-        if fresh is not None and len(new) == len(keys):
-            found = fresh
-        else:
-            assert self._table is not None  # something is remembered
-            known = [(k, self._slots[key]) for k, key in enumerate(keys) if key in self._slots]
-            found = self._table.new_empty(len(keys), self._table.shape[1])
-            places, slots = torch.tensor(known).T.to(found.device)
-            found[places] = self._table[slots]
-            if fresh is not None:
-                found[torch.tensor(new, device=found.device)] = fresh
-        for key in keys:
-            if key in self._slots:
-                self._slots.move_to_end(key)
-        if fresh is not None and self._most:
-            self._store([keys[k] for k in new[-self._most :]], fresh[-self._most :])
-        return found
-
-    def _store(self, keys: Sequence[bytes], fresh: Tensor) -> None:
-        used = len(self._slots)
-        slots = [self._slots.popitem(last=False)[1] for _ in range(used + len(keys) - self._most)]
-        slots += range(used, used + len(keys) - len(slots))
-        if self._table is None:
-            self._table = fresh.new_empty(0, fresh.shape[1])
-        if (need := max(slots) + 1) > len(self._table):
-            larger = self._table.new_empty(min(self._most, max(need, 2 * len(self._table), 1024)), fresh.shape[1])
-            larger[: len(self._table)] = self._table
-            self._table = larger
-        self._table[torch.tensor(slots, device=fresh.device)] = fresh
-        self._slots.update(zip(keys, slots, strict=True))
 
 
 def square_side(options: Grounding, config: Any) -> int:

@@ -26,8 +26,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from ...transforms.images import decode
 from .. import hub
 from ..contract import Detections, ModelError
-from ..device import Pieces, moved, pinned, place
-from ..grounders.owl import Memory
+from ..device import Memory, Pieces, moved, pinned, place, quiet
 from ..options import Scoring
 
 Floats = npt.NDArray[np.float32]
@@ -43,9 +42,10 @@ def open_scorer(options: Scoring, folder: Path) -> "Similarity":
     kind: Any = CLIPModel if clip else SiglipModel
     processors: Any = CLIPImageProcessorPil if clip else SiglipImageProcessorPil
     try:
-        model, told = kind.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **_LOCAL
-        )
+        with quiet():
+            model, told = kind.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **_LOCAL
+            )
         processor = processors.from_pretrained(folder, **_LOCAL)
         tokenizer = AutoTokenizer.from_pretrained(folder, **_LOCAL)
     except _FAULTS as error:

@@ -4,6 +4,7 @@ An engine is a function: it takes a job and the numbers of the parts to do, call
 every part, and tells what happens as events. It never sees an image.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -24,7 +25,7 @@ class Resources:
     cpus: float | None = None  # for each worker; on ray
     gpus: float | None = None  # for each worker; on ray and beam
     accelerator: str | None = None  # its type, such as nvidia-l4; on beam
-    memory: str | None = None  # such as 24GiB; on beam
+    memory: str | None = None  # such as 24GiB; on beam, and of dedup
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,19 @@ class Engine:
     save_every_s: float = 60.0  # how much work of a slow part a crash may cost
     address: str | None = None  # of a Ray cluster; default: RAY_ADDRESS, else one on this machine
     options: tuple[str, ...] = ()  # for Beam, such as --runner=...
-    download: Resources = Resources(batch=256)
+    download: Resources = Resources(batch=128, threads=14)  # 16 batches under way, of a thousand requests in flight
+    dedup: Resources = Resources()  # runs in the driver; only `memory` counts
     caption: Resources = Resources(batch=32)
     phrases: Resources = Resources(batch=256)
     ground: Resources = Resources(batch=32)
     score: Resources = Resources(batch=16)
     select: Resources = Resources(batch=4096)
     pack: Resources = Resources(batch=256)
+
+    def workers_of(self, step: str) -> int:
+        """How many workers do a step at a time, at most, as far as this machine can tell."""
+        every = self.workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+        return self.of(step).workers or every or 1
 
     def of(self, step: str) -> Resources:
         """What a step gets."""

@@ -158,6 +158,7 @@ def dataset(job: Job, parts: Sequence[int], engine: Engine, identity: str) -> An
         need = sum(want[at] for want in wants.values())
         if need > has.get(kind, 0) and not engine.address and "RAY_ADDRESS" not in os.environ:  # else it may yet grow
             raise EngineError(f"ray: an actor for each step needs {need:g} {kind}s, there are {has.get(kind, 0):g}")
+    job = replace(job, workers={name: want["max_size"] for name, want in wants.items()})
     rows = [{"part": part, "state": "", "said": "[]"} for part in parts]
     data: Any = ray.data.from_items(rows, override_num_blocks=len(rows))
     data.context.enable_progress_bars = data.context.print_on_execution_start = False

@@ -23,10 +23,11 @@ class Caption(Captioning):
     """Writes captions with `model`, and with each captioner of `also`; `alt_text@1` takes the web caption as it is.
 
     Each prompt of each captioner gives one caption, or a note of why not; `rule` tells what a model's caption is not.
+    An image is kept with the captions that there are, except where one is missing by a fault that may pass.
     """
 
     name: ClassVar[str] = "caption"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     emits: ClassVar[pa.Schema] = ADDS["caption"]
 
     also: tuple[Captioning, ...] = ()
@@ -101,10 +102,15 @@ class Row:
             self._captions.append({"text": found.text, "model": options.model})
 
     def result(self) -> dict[str, Any] | Drop:
-        """The row's new columns; where no caption is left, the most telling reason: faults that may pass come first."""
-        if self._captions:
-            return {"captions": self._captions, "caption_notes": self._notes}
-        return min(self._drops, key=lambda drop: _rank(drop.reason))
+        """The row's new columns; where no caption is left, the most telling reason: faults that may pass come first.
+
+        One of those fails the row even where other captions are good. Kept, it would never be tried again, and a
+        server that goes down in the middle of a run would leave half of the data set with fewer captions, in silence.
+        """
+        worst = min(self._drops, key=lambda drop: _rank(drop.reason), default=None)
+        if worst and (not self._captions or reason_of(Caption.name, worst.reason).transient):
+            return worst
+        return {"captions": self._captions, "caption_notes": self._notes}
 
     def _examined(self, options: Captioning, k: int, written: Written) -> Examined:
         if options.model == ALT_TEXT:  # people write as they like

@@ -1,8 +1,10 @@
 """download: URL -> stored image. The images of a part lie in one tar beside its table, under their content's hash."""
 
 import hashlib
+import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,8 +14,10 @@ from ...transforms.images import ImageRule, StoredImage, normalise
 from ...transforms.outcomes import Drop
 from ...transforms.records import ADDS
 from ...transforms.shards import add_member, end_tar, read_range
-from ..fetch import Fetched, FetchRule, fetch_all
-from ..stage import Function, answer, part_name
+from ..fetch import Batch, Fetcher, FetchRule
+from ..request import Fetched
+from ..respect import RespectRule
+from ..stage import Function, InTwo, Place, answer, part_name
 from ..store import Store
 
 _PLACE = ("offset", "size")
@@ -25,25 +29,36 @@ class Download:
     """Fetches each URL safely and normalises the image once, for every later step."""
 
     name: ClassVar[str] = "download"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 3
     emits: ClassVar[pa.Schema] = _EMITS
     reads: ClassVar[tuple[str, ...]] = ("url",)
     opens_model: ClassVar[bool] = False
 
+    place: ClassVar[Place | None] = None  # set by `at`; no option, so no field
+
     image: ImageRule = field(default_factory=ImageRule)
     fetch: FetchRule = field(default_factory=FetchRule)
+    respect: RespectRule = field(default_factory=RespectRule)
+
+    def at(self, place: Place) -> "Download":
+        """The same step, that knows the store and how many workers share the limits per host."""
+        placed = copy(self)
+        object.__setattr__(placed, "place", place)
+        return placed
 
     def open(self) -> Function:
-        """Return the function; each batch is one round of concurrent fetches."""
+        """Return the function: to prepare a batch is to begin with it, so that many are under way at a time."""
 
-        def use(fetched: Fetched) -> tuple[Fetched, StoredImage]:
-            return fetched, normalise(fetched.body, self.image)
+        def use(fetched: Fetched) -> dict[str, Any]:
+            return _row(fetched, normalise(fetched.body, self.image))
 
-        def download(batch: pa.Table) -> pa.Table:
-            found = fetch_all(batch["url"].to_pylist(), self.fetch, use)
-            return answer(batch, self.name, [_row(result) for result in found], _EMITS)
+        def finish(batch: pa.Table, under_way: Batch[dict[str, Any]]) -> pa.Table:
+            return answer(batch, self.name, [_kept(result) for result in under_way.result()], _EMITS)
 
-        return download
+        fetcher = Fetcher(self.fetch, use, lambda row: len(row["image"]), self.place, self.respect)
+        function = InTwo(lambda batch: fetcher.submit(batch["url"].to_pylist()), finish)
+        weakref.finalize(function, fetcher.close)
+        return function
 
     def cited(self, footer: Mapping[str, Any]) -> set[str]:
         """The part's tar."""
@@ -58,14 +73,15 @@ class Download:
         return ImageTar(store, folder, part)
 
 
-def _row(found: tuple[Fetched, StoredImage] | Exception) -> dict[str, Any] | Drop:
-    if isinstance(found, Drop):
-        return found
+def _kept(found: dict[str, Any] | Exception) -> dict[str, Any] | Drop:
     if isinstance(found, MemoryError):
         return Drop("out_of_memory")
-    if isinstance(found, Exception):
+    if isinstance(found, Exception) and not isinstance(found, Drop):
         return Drop("error", f"{type(found).__name__}: {found}")
-    fetched, image = found
+    return found
+
+
+def _row(fetched: Fetched, image: StoredImage) -> dict[str, Any]:
     return {
         "sha256": image.sha256,
         "source_sha256": image.source_sha256,
@@ -76,6 +92,8 @@ def _row(found: tuple[Fetched, StoredImage] | Exception) -> dict[str, Any] | Dro
         "height": image.height,
         "final_url": fetched.final_url,
         "content_type": fetched.content_type,
+        "http": fetched.http,
+        "phash": image.phash,
         "image": image.jpeg,
     }
 

@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 from ...models import check, open_grounder
 from ...models.contract import Detections
 from ...models.options import Grounding
-from ...transforms.records import ADDS
-from ..stage import Function, InTwo, answer
+from ...transforms.records import ADDS, DETECTION, step_schema
+from ..stage import Function, InTwo
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,32 @@ class Ground(Grounding):
         return InTwo(prepare, finish)
 
 
+_NONE = Detections(np.empty((0, 4), np.float32), np.empty(0, np.int16), np.empty(0, np.float32))
+
+
 def _table(batch: pa.Table, found: Sequence[Detections], phrases: Sequence[int], options: Ground) -> pa.Table:
-    rows = [_row(detections, count, options) for detections, count in zip(found, phrases, strict=True)]
-    return answer(batch, options.name, rows, options.emits)
+    """Put together the step's table. Raises ValueError for nonsense."""
+    rows = [_best(detections, count, options) for detections, count in zip(found, phrases, strict=True)]
+    ends = np.cumsum([0, *(len(row.scores) for row, _ in rows)])
+    best = [_NONE, *(row for row, _ in rows)]
+    boxes, labels, scores = (np.concatenate([getattr(row, name) for row in best]) for name in vars(_NONE))
+    box = pa.FixedSizeListArray.from_arrays(pa.array(boxes.ravel()), 4).cast(DETECTION.field("box").type)
+    detections = pa.StructArray.from_arrays([box, pa.array(labels), pa.array(scores)], fields=list(DETECTION))
+    columns = [
+        batch["key"].combine_chunks(),
+        pa.repeat(pa.scalar("kept"), len(rows)),
+        *[pa.nulls(len(rows), pa.string())] * 2,
+        pa.ListArray.from_arrays(pa.array(ends, pa.int32()), detections, type=options.emits.field("detections").type),
+        pa.array([truncated for _, truncated in rows]),
+    ]
+    return pa.Table.from_arrays(columns, schema=step_schema(options.name))
 
 
-def _row(found: Detections, phrases: int, options: Ground) -> dict[str, Any]:
-    """Check what a model says, put it in falling order of score, cut it. Raises ValueError for nonsense."""
+def _best(found: Detections, phrases: int, options: Ground) -> tuple[Detections, bool]:
+    """Check what a model says, put it in falling order of score, cut it, and say whether something was cut off.
+
+    Raises ValueError for nonsense.
+    """
     boxes = np.asarray(found.boxes, np.float32).reshape(-1, 4)
     labels, scores = np.asarray(found.phrases), np.asarray(found.scores, np.float32)
     if not len(boxes) == len(labels) == len(scores):
@@ -69,8 +88,5 @@ def _row(found: Detections, phrases: int, options: Ground) -> dict[str, Any]:
         raise ValueError("the grounder gave a box or a score that is not a number")
     above = np.flatnonzero(scores >= options.score_floor)
     order = above[np.lexsort((labels[above], -scores[above]))][: options.max_detections]
-    rows = zip(boxes[order].tolist(), labels[order].tolist(), scores[order].tolist(), strict=True)
-    return {
-        "detections": [{"box": box, "phrase": label, "score": score} for box, label, score in rows],
-        "truncated": len(above) > options.max_detections,
-    }
+    best = Detections(boxes[order], labels[order].astype(np.int16), scores[order])
+    return best, len(above) > options.max_detections

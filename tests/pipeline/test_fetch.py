@@ -17,7 +17,9 @@ import pytest
 
 from tests import webserver as web
 from tests.webserver import WebServer
-from vesl.pipeline.fetch import Fetched, FetchRule, fetch_all, is_blocked
+from vesl.pipeline.connect import is_blocked
+from vesl.pipeline.fetch import FetchRule, fetch_all
+from vesl.pipeline.request import Fetched
 from vesl.transforms.outcomes import REASONS, Drop
 
 LOOPBACK = ("127.0.0.1/32",)

@@ -22,7 +22,8 @@ OPERATIONAL = {
     *(f"download.fetch.{name}" for name in _FETCH),
     *(f"caption.endpoint.{name}" for name in _ENDPOINT),
     *(f"caption.{name}" for name in ("device", "compile")),
-    *(f"ground.{name}" for name in ("device", "compile", "text_cache")),
+    *(f"ground.{name}" for name in ("device", "compile", "text_cache", "batch_pixels", "batch_tokens")),
+    "select.scores_of",
 }
 
 

@@ -103,8 +103,8 @@ def test_only_parts(tmp_path: Path) -> None:
 def fingerprints(recipe: Recipe) -> dict[str, str]:
     parent, found = "input", {}
     for field in dataclasses.fields(recipe.steps):
-        step = Step(getattr(recipe.steps, field.name), parent)
-        parent = found[field.name] = step.fingerprint
+        if stage := getattr(recipe.steps, field.name):
+            parent = found[field.name] = Step(stage, parent).fingerprint
     return found
 
 
@@ -136,7 +136,8 @@ def test_writing_a_default_out_changes_no_fingerprint(tmp_path: Path) -> None:
     recipe = read(tmp_path, GOOD)
     want = fingerprints(recipe)
     for step in dataclasses.fields(recipe.steps):
-        for name, value in dataclasses.asdict(getattr(recipe.steps, step.name)).items():
+        stage = getattr(recipe.steps, step.name)
+        for name, value in dataclasses.asdict(stage).items() if stage else ():
             # As a person writes it: 1 and not 1.0.
             text = json.dumps(value).replace(".0,", ",").replace(".0}", "}")
             assert fingerprints(read(tmp_path, GOOD, f"steps.{step.name}.{name}={text}")) == want, text

@@ -69,6 +69,21 @@ def test_a_scorer_that_does_not_answer_for_all_fails_the_rows(world: World) -> N
     assert {row["reason"] for row in tables(world, "score")} == {"error"}
 
 
+def test_select_decides_by_the_agreement(world: World) -> None:
+    assert world.run("run", "--set", "steps.select.rule.min_agreement=0.2").returncode == 0
+    judged = 0
+    for ground, score, select in zip(*(tables(world, name) for name in ("ground", "score", "select")), strict=True):
+        rows = zip(ground["detections"], score["agreement"], select["verdicts"], strict=True)
+        for detection, agreement, verdict in rows:
+            if detection["score"] > 0.3:
+                assert (verdict == "low_agreement") == (agreement is None or agreement < 0.2)
+                judged += verdict == "low_agreement"
+    assert judged > 3
+    alone = world.run("plan", "--set", "steps.select.rule.min_agreement=0.2", "--set", "steps.score=null")
+    assert alone.returncode == 2
+    assert "needs the step `score`" in alone.stderr
+
+
 def test_another_scorer_changes_select_and_not_ground(world: World) -> None:
     assert world.run("run", "--until", "score").returncode == 0
     before = world.files("ground")

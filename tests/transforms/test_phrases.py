@@ -13,15 +13,13 @@ from hypothesis import strategies as st
 
 from vesl.transforms.phrases import (
     ABSTRACT_WORDS,
-    STOP_WORDS,
-    WEB_WORDS,
     Kind,
     PhraseRule,
-    Token,
     cut,
     noun_phrases,
     words,
 )
+from vesl.transforms.trees import STOP_WORDS, WEB_WORDS, Token
 
 ALL = PhraseRule(max_phrases=10_000, dedup=False)
 NGRAMS = PhraseRule(kind="owl-st")

@@ -237,6 +237,23 @@ def test_a_batch_of_mixed_sizes_and_prompts_says_what_the_library_says_of_each_a
     assert captions(options(zoo[name])) == expected
 
 
+@pytest.mark.parametrize("name", MAKERS)
+def test_an_image_is_encoded_once_for_all_prompts(
+    zoo: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captioner: Any = open_captioner(options(zoo[name]))
+    encoder = getattr(
+        captioner.model.base_model, {"llava": "vision_tower", "smolvlm": "vision_model"}.get(name, "visual")
+    )
+    seen: list[int] = []
+    encoder.register_forward_hook(lambda *_: seen.append(1))
+    first = captioner(captioner.prepare(JPEGS, ALT))
+    assert len(seen) == 1
+    other = captioner(captioner.prepare(JPEGS[::-1], ALT))  # the next batch is looked at anew
+    assert len(seen) == 2
+    assert other != first
+
+
 def test_what_ends_by_itself_is_complete_and_what_is_cut_off_is_not(zoo: dict[str, str]) -> None:
     long = [each for row in captions(options(zoo["qwen2_vl"], max_new_tokens=60)) for each in row]
     assert {each.complete for each in long} == {True, False}
@@ -289,12 +306,16 @@ def test_the_least_likely_number_and_broken_logits_still_choose_a_token() -> Non
     assert found[[0, 2]].argmax(-1).tolist() == [1, 2]
 
 
+def tokens(row: generate.Row) -> int:
+    return row.inputs["input_ids"].shape[1]
+
+
 def test_too_little_memory_halves_the_batch_and_changes_nothing(
     zoo: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captioner: Any = open_captioner(options(zoo["qwen2_vl"]))
     whole = captioner(captioner.prepare(JPEGS, ALT))
-    real, sizes = captioner.model.generate, []
+    real, collate, sizes = captioner.model.generate, generate.collate, []
 
     def small(**inputs: Any) -> Any:
         sizes.append(len(inputs["input_ids"]))
@@ -302,9 +323,15 @@ def test_too_little_memory_halves_the_batch_and_changes_nothing(
             raise torch.OutOfMemoryError("out of memory")
         return real(**inputs)
 
+    lengths: list[int] = []
+    monkeypatch.setattr(
+        generate, "collate", lambda rows, *more: lengths.extend(map(tokens, rows)) or collate(rows, *more)
+    )
     monkeypatch.setattr(captioner.model, "generate", small)
     assert captioner(captioner.prepare(JPEGS, ALT)) == whole
     assert sizes == [4, 2] + [1] * 12
+    assert lengths[:4] == sorted(lengths[:4])  # so that halves are padded less
+    assert lengths[0] < lengths[3]
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -346,10 +373,24 @@ def test_an_empty_batch_has_no_captions(zoo: dict[str, str]) -> None:
     assert captioner(captioner.prepare([], [])) == []
 
 
-def test_the_compiled_model_is_the_one_that_writes(zoo: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: setattr(self, "compiled_here", True))
-    captioner: Any = open_captioner(options(zoo["llava"], compile=True))
-    assert captioner.model.compiled_here
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_model_writes_the_same(zoo: dict[str, str], backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`eager` runs what dynamo traced as it is; inductor's own code takes minutes to make."""
+    asked = options(zoo["qwen2_vl"], prompts=PROMPTS[1:2])
+    plain, compiled = captions(asked), []
+    real = torch.nn.Module.compile
+
+    def noted(self: torch.nn.Module, **settings: Any) -> None:
+        compiled.append(self)
+        real(self, backend=backend, **settings)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", noted)
+    torch._dynamo.reset()
+    captioner: Any = open_captioner(dataclasses.replace(asked, compile=True))
+    assert captioner(captioner.prepare(JPEGS, ALT)) == plain
+    assert compiled == [captioner.model]
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+    torch._dynamo.reset()
 
 
 def changed(folder: Path, target: Path, **config: Any) -> Path:

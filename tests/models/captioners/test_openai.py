@@ -335,6 +335,21 @@ def test_what_is_no_images_fault_ends_the_run(server: Server, answer: web.Respon
         ask(options(server), "x", "y")
 
 
+@pytest.mark.parametrize("status", [500, 400])
+def test_a_server_that_is_of_no_use_to_many_in_a_row_ends_the_run(server: Server, status: int) -> None:
+    async def answer(request: web.Request, body: dict[str, Any]) -> web.Response:
+        return await server.echo(request, body) if prompt_of(body) == "good" else web.Response(status=status, text="no")
+
+    server.answer = answer
+    asked = options(server, endpoint={"in_flight": 1, "retries": 0})
+    reasons = [row[0].reason for row in ask(asked, *["x"] * 7) if isinstance(row[0], Drop)]
+    assert reasons == ["endpoint_error" if status == 500 else "endpoint_refused"] * 7
+    assert len(ask(asked, *["x"] * 7, "good", *["x"] * 7)) == 15  # what one says for good begins the count anew
+    with pytest.raises(ModelError, match=rf"^endpoint {server.url}: no usable answer to the last 8 requests: {status}"):
+        ask(asked, *["x"] * 8)
+    assert len(ask(options(server, endpoint={"in_flight": 9, "retries": 0}), *["x"] * 8)) == 8
+
+
 def test_a_404_of_a_server_that_worked_passes(server: Server) -> None:
     captioner = models.open_captioner(options(server))
     captioner(captioner.prepare([jpeg(0)], ["x"]))
@@ -388,15 +403,17 @@ def test_nobody_there(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     assert threading.active_count() <= threads  # nothing is left of the attempt
 
 
-@pytest.mark.parametrize("url", ["", "127.0.0.1:8000/v1", "file:///etc/passwd", "http://", "http://[::1/v1"])
+@pytest.mark.parametrize(
+    "url", ["", "127.0.0.1:8000/v1", "file:///etc/passwd", "http://", "http://[::1/v1", "http://a:99999/v1"]
+)
 def test_no_address(server: Server, url: str) -> None:
-    with pytest.raises(ModelError, match=r"endpoint\.url"):
-        models.open_captioner(options(server, endpoint={"url": url}))
+    with pytest.raises(ValueError, match=r"endpoint\.url: is not like"):
+        options(server, endpoint={"url": url})
 
 
 def test_a_key_in_the_address_is_refused_and_not_repeated(server: Server) -> None:
-    with pytest.raises(ModelError, match="environment") as caught:
-        models.open_captioner(options(server, endpoint={"url": f"http://me:{KEY}@127.0.0.1/v1"}))
+    with pytest.raises(ValueError, match="environment") as caught:
+        options(server, endpoint={"url": f"http://me:{KEY}@127.0.0.1/v1"})
     assert KEY not in str(caught.value)
 
 

@@ -125,6 +125,19 @@ def test_florence_in_a_batch_says_what_the_library_says_of_each_image_alone(flor
 
 
 @pytest.mark.parametrize(("kind", "prompts"), [("blip", BLIP), ("florence", FLORENCE)])
+def test_prompts_of_several_lengths_in_one_batch_change_nothing(
+    kind: str, prompts: Any, request: pytest.FixtureRequest
+) -> None:
+    captioner: Any = open_captioner(options(request.getfixturevalue(kind), prompts=prompts))
+    prepared = captioner.prepare(JPEGS, ALT)
+    mixed = [row for rows in prepared for row in rows]
+    assert len({row.inputs["input_ids"].shape[1] for row in mixed}) > 1
+    alone = [captioner([[row]])[0] for row in mixed]
+    assert len({each.text for [each] in alone}) > 3
+    assert captioner([mixed]) == alone
+
+
+@pytest.mark.parametrize(("kind", "prompts"), [("blip", BLIP), ("florence", FLORENCE)])
 def test_draws_do_not_depend_on_the_batch(kind: str, prompts: Any, request: pytest.FixtureRequest) -> None:
     asked = options(request.getfixturevalue(kind), prompts=prompts, temperature=1.5)
     together = captions(asked)

@@ -18,9 +18,11 @@ from transformers import (
     SwinConfig,
 )
 from transformers.models.grounding_dino.image_processing_pil_grounding_dino import GroundingDinoImageProcessorPil
+from transformers.models.grounding_dino.modeling_grounding_dino import GroundingDinoContrastiveEmbedding
 
 from vesl.models import ModelError, hub, open_grounder
 from vesl.models.contract import Detections
+from vesl.models.grounders import dino
 from vesl.models.grounders.dino import pairs
 from vesl.models.options import Grounding
 
@@ -109,8 +111,67 @@ def test_a_mixed_batch_equals_the_library_one_by_one(model: str) -> None:
     for detections, image, asked in zip(found[:4], images, phrases, strict=False):
         assert_like_library(detections, model, image, asked)
     assert len(found[4].boxes) == 0
-    assert grounder.forwards == 3  # three sizes
+    assert grounder.forwards == 3  # wide, upright and very wide
     assert grounder.texts == 4
+
+
+# after resizing, from 64x106 to 106x64
+SHAPES = [(100, 80), (160, 96), (100, 90), (76, 70), (80, 100), (60, 120)]
+
+
+@pytest.mark.parametrize("padding_wins", [False, True])
+def test_images_of_several_sizes_share_a_forward(
+    model: str, monkeypatch: pytest.MonkeyPatch, padding_wins: bool
+) -> None:
+    """Padding is kept out of the backbone, the projections, the attention, and the choice and places of the queries."""
+    monkeypatch.setattr(dino, "PADDED", 10)
+    if padding_wins:  # the encoder's logits are 0 there, and now nowhere greater
+        compare = GroundingDinoContrastiveEmbedding.forward
+        worst = lambda self, *args, **given: -compare(self, *args, **given).abs()  # noqa: E731
+        monkeypatch.setattr(GroundingDinoContrastiveEmbedding, "forward", worst)
+    images = [jpeg(*shape, seed) for seed, shape in enumerate(SHAPES)]
+    phrases = [["a cat", "The red dog", "big tree"], ["hats"], ["a dog, a hat"], ["cat", "dog"], ["a"], ["the tree"]]
+    grounder = opened(model)
+    found = grounder(grounder.prepare(images, phrases))
+    assert grounder.forwards == 1
+    for detections, image, asked in zip(found, images, phrases, strict=True):
+        assert_like_library(detections, model, image, asked)
+
+
+def spied(grounder: Any) -> list[tuple[int, int, int, float]]:
+    """Of each forward: its rows, its pixels and tokens with padding, and padded pixels over real ones."""
+    network, calls = grounder._network, []
+
+    def spy(pixels: list[torch.Tensor], of: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> Any:
+        shapes = [stack.shape[2:] for stack in pixels for _ in stack]
+        padded = max(h for h, _ in shapes) * max(w for _, w in shapes) * len(of)
+        calls.append((len(of), padded, ids.numel(), padded / sum(h * w for h, w in (shapes[k] for k in of.tolist()))))
+        return network(pixels, of, ids, mask)
+
+    grounder._network = spy
+    return calls
+
+
+def test_a_forward_keeps_to_its_budgets(model: str) -> None:
+    images = [jpeg(*shape, seed) for seed, shape in enumerate(SHAPES * 4)]
+    phrases = [[f"w{n} cat" for n in range(1 + 7 * (seed % 7))] for seed in range(len(images))]
+    whole = opened(model)
+    wanted = whole(whole.prepare(images, phrases))
+    assert whole.forwards < 8
+    for budget in ({"batch_pixels": 30_000}, {"batch_tokens": 150}, {"batch_pixels": 1, "batch_tokens": 1}):
+        grounder = opened(model, **budget)
+        calls = spied(grounder)
+        found = grounder(grounder.prepare(images, phrases))
+        assert sum(rows for rows, *_ in calls) == whole.texts
+        assert (max(rows for rows, *_ in calls) > 1) == (budget.get("batch_pixels") != 1)
+        for rows, pixels, tokens, waste in calls:
+            assert rows == 1 or pixels <= grounder._most[0]
+            assert rows == 1 or tokens <= grounder._most[1]
+            assert waste <= dino.PADDED
+        for mine, theirs in zip(found, wanted, strict=True):
+            assert (mine.phrases == theirs.phrases).all()
+            np.testing.assert_allclose(mine.boxes, theirs.boxes, atol=1e-4)
+            np.testing.assert_allclose(mine.scores, theirs.scores, atol=1e-4)
 
 
 def test_the_score_of_a_single_phrase_is_the_librarys_where_the_phrase_wins(model: str) -> None:
@@ -127,6 +188,8 @@ def test_the_score_of_a_single_phrase_is_the_librarys_where_the_phrase_wins(mode
 
 def test_phrases_of_the_same_words_do_not_merge() -> None:
     """Both phrases say "cat": by decoded text, a box that answers to the two tokens has the label "cat cat"."""
+    ((text,), twins) = dino.Asker(make_tokenizer(), ROOM)(["red cat", "big cat"])
+    assert (text.slots, twins) == ([-1, 0, 0, -1, 1, 1, -1, -1], [])
     logits = torch.full((1, 2, 256), -torch.inf)
     logits[0, :, :7] = torch.tensor([[-9.0, 3, 2, -9, -4, 1, -9], [-9.0, -5, -6, -9, 4, -5, -9]])
     slots = torch.tensor([[2, 0, 0, 2, 1, 1, 2]])  # [CLS] red cat . big cat [SEP]
@@ -153,7 +216,7 @@ def test_a_hundred_phrases_in_chunks_keep_their_labels_and_one_look_at_the_image
     grounder = opened(model)
     phrases = [f"w{n} cat" for n in range(100)]
     looks = []
-    backbone = grounder._network._once.inner
+    backbone = grounder._network._once.backbone
     backbone.register_forward_pre_hook(lambda module, args: looks.append(len(args[0])))
     found = grounder(grounder.prepare([jpeg(100, 80)], [phrases]))[0]
     assert (looks, grounder.forwards, grounder.texts) == ([1], 1, 5)  # 20 phrases of 3 tokens, [CLS], [SEP]
@@ -215,8 +278,8 @@ def test_out_of_memory_halves_the_rows(model: str) -> None:
     grounder = opened(model)
     network, sizes = grounder._network, []
 
-    def small(pixels: torch.Tensor, of: torch.Tensor, *text: torch.Tensor) -> Any:
-        sizes.append((len(of), len(pixels)))
+    def small(pixels: list[torch.Tensor], of: torch.Tensor, *text: torch.Tensor) -> Any:
+        sizes.append((len(of), sum(map(len, pixels))))
         if len(of) > 2:
             raise torch.OutOfMemoryError("too much")
         return network(pixels, of, *text)
@@ -236,7 +299,7 @@ def test_threads_prepare_at_once(model: str) -> None:
     batch = [jpeg(100, 80)], [[f"w{n} cat" for n in range(50)]]
     with ThreadPoolExecutor(8) as threads:
         for prepared in threads.map(lambda _: grounder.prepare(*batch), range(40)):
-            assert (prepared.groups[0].tensors[2] == grounder.prepare(*batch).groups[0].tensors[2]).all()
+            assert (prepared.text[0] == grounder.prepare(*batch).text[0]).all()
 
 
 def test_half_the_precision_keeps_the_boxes(model: str) -> None:
@@ -250,8 +313,8 @@ def test_half_the_precision_keeps_the_boxes(model: str) -> None:
 
 def test_image_px_is_the_short_side(model: str) -> None:
     grounder = opened(model, image_px=96)
-    shapes = [grounder.prepare([jpeg(*size)], [["cat"]]).groups[0].tensors[0].shape for size in ((100, 80), (400, 100))]
-    assert shapes == [(1, 3, 96, 120), (1, 3, 40, 159)]  # the long side stays below 96 * 106 / 64
+    shapes = [grounder.prepare([jpeg(*size)], [["cat"]]).pixels[0].shape for size in ((100, 80), (400, 100))]
+    assert shapes == [(3, 96, 120), (3, 40, 159)]  # the long side stays below 96 * 106 / 64
 
 
 def test_what_cannot_be_opened_says_so_in_one_line(model: str, tmp_path: Path) -> None:
@@ -282,6 +345,7 @@ def test_what_cannot_be_opened_says_so_in_one_line(model: str, tmp_path: Path) -
     fails(lambda folder: [path.unlink() for path in folder.glob("token*")], "token")
     fails(lambda folder: None, "image_px: 32 is too small", image_px=32)
     fails(lambda folder: (folder / "model.safetensors").write_bytes(b"nothing"), "model ")
+    fails(lambda folder: None, "compile: is for OWLv2", compile=True)
     if not torch.cuda.is_available():
         with pytest.raises(ModelError, match="sees no GPU"):
             open_grounder(Grounding(model=model, device="cuda"))
@@ -298,3 +362,8 @@ def test_numbers_that_are_none_fail_the_image(model: str) -> None:
 def test_too_small_an_image_is_one_failed_sample(model: str) -> None:
     with pytest.raises(ValueError, match="too small"):
         opened(model).prepare([jpeg(400, 8)], [["cat"]])
+
+
+def test_nothing_is_printed_on_opening(model: str, capfd: pytest.CaptureFixture[str]) -> None:
+    opened(model)
+    assert capfd.readouterr() == ("", "")

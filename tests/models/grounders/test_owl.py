@@ -442,6 +442,19 @@ def test_compile_by_option(folders: dict[str, Path], monkeypatch: pytest.MonkeyP
     assert len(compiled) == 1
 
 
+@pytest.mark.slow
+def test_compiled_it_finds_the_same(folders: dict[str, Path]) -> None:
+    grounder, compiled = (
+        opened(folders["owlv2"], score_floor=0.0),
+        opened(folders["owlv2"], compile=True, score_floor=0.0),
+    )
+    for batch in (slice(0, 1), slice(2, 4)):
+        found = [each(each.prepare(JPEGS[batch], PHRASES[batch])) for each in (grounder, compiled)]
+        for mine, theirs in zip(*found, strict=True):
+            assert_same(mine, theirs)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
 def weights(folder: Path, there: Path, change: Any) -> Path:
     """A copy of a model with its weights changed."""
     for path in folder.iterdir():
@@ -499,3 +512,45 @@ def test_the_floor_only_cuts(folders: dict[str, Path]) -> None:
     some = ask(float(every.scores[middle]))
     assert len(some.scores) == middle + 1
     np.testing.assert_array_equal(every.scores[: middle + 1], some.scores)
+
+
+def test_a_forward_keeps_to_its_budgets(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    phrases = [[f"{word} {n}" for word in WORDS[: 1 + 3 * n]] for n in (3, 0, 1, 2, 0)]
+    whole = opened(folders["owlv2"])
+    seen: list[tuple[int, int]] = []
+    score = owl.Owl._score
+
+    def spy(self: Any, pixels: Any, texts: Any, asked: Any) -> Any:
+        seen.append((len(pixels), asked.shape[1]))
+        return score(self, pixels, texts, asked)
+
+    monkeypatch.setattr(owl.Owl, "_score", spy)
+    wanted = whole(whole.prepare(JPEGS, phrases))
+    for budget, pieces, texts in (
+        ({}, [(5, 10)], [22]),
+        ({"batch_pixels": 2 * SIDE**2}, [(2, 1), (2, 7), (1, 10)], [22]),
+        ({"batch_tokens": 11 * 16}, [(2, 1), (1, 4), (1, 7), (1, 10)], [11, 11]),  # padding counts
+        ({"batch_pixels": 1, "batch_tokens": 1}, [(1, 1), (1, 1), (1, 4), (1, 7), (1, 10)], [1] * 22),
+    ):
+        grounder = opened(folders["owlv2"], **budget)
+        read = count(grounder._model.base_model.text_model)
+        seen.clear()
+        found = grounder(grounder.prepare(JPEGS, phrases))
+        assert (seen, read) == (pieces, texts)
+        for got, expected in zip(found, wanted, strict=True):
+            assert_same(got, expected, 1e-5)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_nothing_is_printed_on_opening(
+    folders: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str], lost: bool
+) -> None:
+    """The library draws a progress bar, and a table where weights do not fit; here they end in the ModelError."""
+    if lost:
+        folder = weights(folders["owlv2"], tmp_path, lambda w: w.pop("class_head.dense0.weight"))
+        with pytest.raises(ModelError):
+            opened(folder)
+    else:
+        opened(folders["owlv2"])
+    assert capfd.readouterr() == ("", "")
+    assert transformers.utils.logging.is_progress_bar_enabled()

@@ -2,18 +2,21 @@
 
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..transforms.captions import visible
 from ..transforms.filters import VERDICTS
 from ..transforms.outcomes import reason_of
-from .ingest import connect, scan
 from .plan import Plan
 from .progress import Count, Tally
 from .run import last_runs
+
+if TYPE_CHECKING:
+    from .report.statistics import Statistics
 
 _SILENT_S = 120.0  # after which a run that says "running" is not believed
 
@@ -98,25 +101,27 @@ def print_funnel(plan: Plan, console: Console, reasons: bool = True) -> None:
         table.add_column("rows", justify="right")
         table.add_column("meaning", style="dim")
     for ingest in plan.dataset["ingests"] if plan.dataset else []:
-        counts = {name: ingest[name] for name in ("duplicate_url", "no_url", "malformed") if ingest[name]}
+        counts = {name: ingest[name] for name in INGEST if ingest.get(name)}
         dropped = str(sum(counts.values()))
         row = ["ingest", str(ingest["parts"]), str(ingest["rows"]), str(ingest["kept"]), dropped, "0"]
-        _rows(table, row, [(name, n, _INGEST[name]) for name, n in counts.items()] if reasons else [])
+        _rows(table, row, [(name, n, INGEST[name]) for name, n in counts.items()] if reasons else [])
     for step, count in tally.counts.items():
         row = [step, f"{count.parts}/{len(plan.parts)}", str(count.rows), str(count.kept)]
         row += [str(count.rejected.total()), str(count.failed.total())]
-        _rows(table, row, _reasons(step, count) if reasons else [])
+        _rows(table, row, reasons_of(step, count) if reasons else [])
     console.print(table)
 
 
-_INGEST = {
+INGEST = {
     "duplicate_url": "an earlier row has the same normalised URL",
     "no_url": "no URL in the row, or a line that is no record",
+    "taken_down": "a takedown list names the URL, its domain or its key",
     "malformed": "a line that cannot be read as a row",
 }
 
 
-def _reasons(step: str, count: Count) -> list[tuple[str, int, str]]:
+def reasons_of(step: str, count: Count) -> list[tuple[str, int, str]]:
+    """Why a step dropped rows: (reason, rows, meaning), the most frequent first."""
     both = (count.rejected + count.failed).most_common()
     return [(name, n, reason_of(step, name).meaning) for name, n in both]
 
@@ -130,38 +135,16 @@ def _rows(table: Table, row: list[str], reasons: Iterable[tuple[str, int, str]])
         table.add_row(*row)
 
 
-def print_statistics(plan: Plan, console: Console) -> None:
+def print_statistics(statistics: "Statistics", console: Console) -> None:
     """What `select` made of the detections: verdicts, regions per image, the most frequent phrases."""
-    steps = {step.name: step for step in plan.steps}
-    parts = sorted(plan.done["select"].keys() & set(plan.parts))
-    if not parts:
-        return
-    with connect(plan.store) as db:
-        for name in ("select", "ground", "phrases", "caption"):
-            db.execute(f'CREATE VIEW "{name}" AS {scan(plan.store, [steps[name].table(part) for part in parts])}')
-        db.execute(_REGIONS)
-        verdicts = db.execute("SELECT verdict, count(*) FROM pairs GROUP BY 1 ORDER BY 2 DESC, 1").fetchall()
-        [(images, regions)] = db.execute(_PER_IMAGE).fetchall()
-        top = db.execute(_TOP).fetchall()
-        [(words,)] = db.execute(_WORDS).fetchall()
     table = Table("detection", "pairs", "meaning", box=None)
-    for verdict, n in verdicts:
+    for verdict, n in sorted(statistics.verdicts.items(), key=lambda item: (-item[1], item[0])):
         table.add_row(verdict, str(n), Text(VERDICTS.get(verdict, ""), style="dim"))
     console.print(table)
+    images, regions = statistics.images, statistics.regions
     per = regions / images if images else 0
-    length = f", {words:.1f} words a caption" if words is not None else ""
+    length = f", {statistics.caption_words:.1f} words a caption" if statistics.captions else ""
     console.print(f"{images} images, {regions} regions, {per:.1f} regions an image{length}", highlight=False)
-    if top:
-        console.print(
-            "most frequent: ", ", ".join(f"{phrase} ({n})" for phrase, n in top), markup=False, highlight=False
-        )
-
-
-_REGIONS = """CREATE VIEW pairs AS
-    SELECT s.key, unnest(s.verdicts) AS verdict, unnest(g.detections) AS detection, p.phrases
-    FROM "select" s JOIN ground g USING (key) JOIN phrases p USING (key) WHERE s.outcome = 'kept'"""
-_PER_IMAGE = """SELECT (SELECT count(*) FROM "select" WHERE outcome = 'kept'),
-    (SELECT count(*) FROM pairs WHERE verdict = 'kept')"""
-_TOP = """SELECT lower(phrases[detection.phrase + 1].text) AS phrase, count(*) AS n FROM pairs
-    WHERE verdict = 'kept' GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT 12"""
-_WORDS = "SELECT avg(len(string_split(c.text, ' '))) FROM (SELECT unnest(captions) AS c FROM caption)"
+    if statistics.phrases:
+        top = ", ".join(f"{visible(phrase)} ({n})" for phrase, n in statistics.phrases[:12])
+        console.print("most frequent: ", top, markup=False, highlight=False)

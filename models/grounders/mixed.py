@@ -1,0 +1,99 @@
+"""Grounding DINO of transformers on images of several sizes at once, each with the result that it has alone.
+
+The library takes a batch with a pixel mask, but there padding changes a result in four places, which are mended here:
+- Swin's windows mix it in, as the mask begins after the backbone, and group normalisation in the projections counts
+  it. So these two see images size by size, each image once, and their features are padded.
+- The encoder's positions in the padding compete to become queries.
+- The positions of queries are read from boxes as shares of the padded image, and not of the image.
+The rest, encoder and decoder, runs once for all rows; there the library's mask does what it should.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F  # noqa: N812  (its name everywhere)
+
+
+class Mixed:
+    """The network of `dino.py`: takes over a GroundingDinoForObjectDetection.
+
+    Weights stay float32 and a lower precision is autocast's: in bfloat16 throughout, a box's corner would be one of
+    256 steps, and so would the places that deformable attention looks at.
+    """
+
+    def __init__(self, model: Any, device: torch.device, dtype: torch.dtype) -> None:
+        inner = model.model
+        self._once = inner.backbone = _Once(inner.backbone, inner.input_proj_vision)
+        inner.input_proj_vision = torch.nn.ModuleList(torch.nn.Identity() for _ in inner.input_proj_vision)
+        if model.config.two_stage:
+            inner.encoder_output_class_embed.register_forward_hook(self._once.only_images)
+        inner.decoder.register_forward_pre_hook(self._once.whole, with_kwargs=True)
+        for layer in inner.decoder.layers:
+            layer.encoder_attn.register_forward_pre_hook(self._once.scaled, with_kwargs=True)
+        self._model, self._device, self._dtype = model, device, dtype
+
+    def __call__(
+        self, pixels: list[torch.Tensor], of: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute logits and boxes as `dino.Network` says."""
+        self._once.pixels, self._once.of = pixels, of
+        shape = pixels[0][:1].expand(len(of), -1, -1, -1)  # the model reads no more of it
+        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
+            out = self._model(
+                pixel_values=shape, pixel_mask=of, input_ids=ids, attention_mask=mask, token_type_ids=ids * 0
+            )
+        return out.logits, out.pred_boxes
+
+
+class _Once(torch.nn.Module):
+    """Backbone and projections that see each image once, among those of its size, and serve all of the image's rows.
+
+    Levels of smaller images are padded with zeros afterwards; `only_images`, `whole` and `scaled` are hooks.
+    """
+
+    def __init__(self, inner: Any, projections: torch.nn.ModuleList) -> None:
+        super().__init__()
+        self.backbone, self.position_embedding = inner.conv_encoder.model, inner.position_embedding
+        self.projections = projections
+        self.pixels: list[torch.Tensor] = []  # by size, float [n, 3, H, W] each
+        self.of = torch.empty(0, dtype=torch.long)
+        self._padding: torch.Tensor | None = None  # bool [R, positions of all levels]
+        self._ratios = torch.empty(0)  # [R, 1, levels, 4], of the image to its padded levels, for x, y, w, h
+
+    def forward(self, *_: torch.Tensor) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[torch.Tensor]]:
+        """Give for each level features [R, d, h, w] with a mask bool [R, h, w], and positions [R, d, h, w]."""
+        features, positions = [], []
+        for same in zip(*map(self._levels, self.pixels), strict=True):
+            height, width = (max(each.shape[axis] for each in same) for axis in (2, 3))
+            padded = [F.pad(each, (0, width - each.shape[3], 0, height - each.shape[2])) for each in same]
+            real = [each.new_ones(len(each), *each.shape[2:], dtype=torch.bool) for each in same]
+            masks = [F.pad(each, (0, width - each.shape[2], 0, height - each.shape[1])) for each in real]
+            level, mask = torch.cat(padded), torch.cat(masks)
+            features.append((level[self.of], mask[self.of]))
+            positions.append(self.position_embedding(level, mask).to(level.dtype)[self.of])
+        padding = torch.cat([~mask.flatten(1) for _, mask in features], 1)
+        self._padding = padding if len(self.pixels) > 1 else None
+        return features, positions
+
+    def _levels(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        """All feature levels of images of one size: those of the backbone, projected, and coarser ones of the last."""
+        maps = list(self.backbone(pixels, return_dict=True).feature_maps)
+        levels = [project(each) for project, each in zip(self.projections, maps, strict=False)]
+        for project in self.projections[len(maps) :]:
+            levels.append(project(maps[-1] if len(levels) == len(maps) else levels[-1]))
+        return levels
+
+    def only_images(self, _: Any, __: Any, logits: torch.Tensor) -> torch.Tensor:
+        """Hook: the encoder's logits [R, positions, T] without those of padding, so that no query begins there."""
+        if self._padding is None or logits.shape[1] != self._padding.shape[1]:
+            return logits
+        return logits.masked_fill_(self._padding[..., None], -torch.inf)
+
+    def whole(self, _: Any, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Hook: the decoder takes boxes as shares of their image, also for its queries' positions."""
+        self._ratios = given["valid_ratios"].repeat(1, 1, 2)[:, None]
+        return args, given | {"valid_ratios": torch.ones_like(given["valid_ratios"])}
+
+    def scaled(self, _: Any, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Hook: only where it samples the levels, boxes are shares of these with their padding."""
+        return args, given | {"reference_points": given["reference_points"] * self._ratios}

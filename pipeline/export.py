@@ -1,0 +1,326 @@
+"""`vesl export`: the samples that select kept, in the formats of other tools: `coco`, `grit-parquet`, `hf`.
+
+Part by part, with a batch of images in memory at a time. DEST/.vesl-export/ has a mark for each part: it names the
+part's files before they are written, and says that they are done after. So an export that was killed goes on; one that
+is run again after more parts are done, or after a takedown, writes what changed and removes what must not be there;
+and nothing that is not ours is ever touched. What a sample looks like in a format is in transforms/exports.py.
+"""
+
+import hashlib
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ..transforms.calibration import normalise
+from ..transforms.captions import visible
+from ..transforms.exports import (
+    GRIT,
+    HUGGING_FACE,
+    card,
+    coco_image,
+    coco_regions,
+    count,
+    grit_rows,
+    hugging_face_row,
+)
+from ..transforms.records import Sample
+from ..transforms.takedown import Takedown
+from .plan import Plan, provenance
+from .run import described
+from .stage import part_name
+from .store import Store, StoreError
+from .takedown import NAMED_BY, obeyed
+from .takedown import match as named
+from .work import Job, StaleError, incoming
+
+FORMAT = 1  # of the layouts; another one is never mixed into a folder
+_MARKS = ".vesl-export"
+_BATCH_ROWS, _BATCH_BYTES = 100, 1 << 26
+_FILE_BYTES = 500 << 20  # of images in one Parquet file, as the hub advises
+_WRITERS = 16  # images written at a time
+_TOP = 1000  # phrases counted of each part
+_EVERY_S = 5.0
+_COLUMNS = ("url", "alt_text", "sha256", "width", "height", "captions", "phrases", "detections", "verdicts", "select")
+
+Samples = Iterator[list[tuple[Sample, bytes]]]
+Claim = Callable[[Sequence[str]], None]  # called with the names of files before they are written
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported: a plan's parts that select has done, without what takedown lists name."""
+
+    plan: Plan
+    job: Job
+    takedown: Takedown
+
+    @property
+    def parts(self) -> dict[int, str]:
+        """The parts, in order, each with the content hash of its select table."""
+        done = self.plan.done["select"]
+        return {part: done[part]["content"] for part in self.plan.parts if part in done}
+
+    def read(self, part: int, images: bool) -> Samples:
+        """A part's samples in batches, with their JPEGs or, unless `images`, with nothing."""
+        store, steps = self.plan.store, [step.name for step in self.plan.steps]
+        wanted = (*_COLUMNS, *(["image"] if images else []), *(NAMED_BY if self.takedown else []))
+        given = incoming(store, self.job, steps.index("select") + 1, part, tuple(dict.fromkeys(wanted)))
+        rows = given.rows.filter(pc.invert(named(given.rows, self.takedown))) if self.takedown else given.rows
+        first = 0
+        while first < len(rows):
+            batch = rows.slice(first, _BATCH_ROWS)
+            if images:
+                sizes = pc.cumulative_sum(batch["size"].cast(pa.int64()))
+                batch = batch.slice(0, max(1, pc.sum(pc.less_equal(sizes, _BATCH_BYTES)).as_py()))
+            first += len(batch)
+            blobs = [b""] * len(batch)
+            if images:
+                assert given.tar is not None
+                places = zip(batch["offset"].to_pylist(), batch["size"].to_pylist(), strict=True)
+                blobs = store.read_ranges(given.tar, [(start, start + size) for start, size in places])
+            yield list(zip(map(Sample.from_row, batch.to_pylist()), blobs, strict=True))
+
+    def numbered(self) -> Iterator[tuple[int, Sample]]:
+        """All samples without their images, from 1, in the order of parts and keys."""
+        samples = (sample for part in self.parts for batch in self.read(part, images=False) for sample, _ in batch)
+        return enumerate(samples, 1)
+
+
+class Coco:
+    """COCO's instances and captions: images/KEY.jpg, annotations/instances_default.json and captions_default.json.
+
+    A category is a normalised phrase, the most frequent first, so that labels survive a tool that drops the fields that
+    it does not know. Memory grows with the distinct phrases (and far more for whoever reads such a file).
+    """
+
+    images = True
+
+    def write(self, dest: Store, part: int, samples: Samples, claim: Claim) -> None:
+        """Copy the part's images."""
+        dest.fs.makedirs(dest.path("images"), exist_ok=True)
+        with ThreadPoolExecutor(_WRITERS) as pool:
+            for batch in samples:
+                names = [f"images/{sample.key}.jpg" for sample, _ in batch]
+                claim(names)
+                list(pool.map(dest.fs.pipe_file, map(dest.path, names), [image for _, image in batch]))
+
+    def finish(self, dest: Store, source: Source, totals: Mapping[str, Any]) -> None:
+        """Write the two documents, reading part by part again."""
+        phrases = Counter(normalise(region.phrase) for _, sample in source.numbered() for region in sample.regions)
+        order = sorted(phrases, key=lambda phrase: (-phrases[phrase], phrase))
+        places = {phrase: i for i, phrase in enumerate(order, 1)}
+        info = {"description": source.plan.recipe.dataset.name, "select": _select(source.plan)}
+        about = {"info": info, "licenses": []}
+        instances: dict[str, Any] = {
+            **about,
+            "images": (coco_image(i, sample) for i, sample in source.numbered()),
+            "annotations": self._annotations(source, places),
+            "categories": ({"id": i, "name": p, "supercategory": "phrase"} for p, i in places.items()),
+        }
+        _write_json(dest, "annotations/instances_default.json", instances)
+        texts = ((i, caption) for i, sample in source.numbered() for caption in sample.captions)
+        captions: dict[str, Any] = {
+            **about,
+            "images": (coco_image(i, sample) for i, sample in source.numbered()),
+            "annotations": (
+                {"id": number, "image_id": image, "caption": caption.text, "model": caption.model}
+                for number, (image, caption) in enumerate(texts, 1)
+            ),
+        }
+        _write_json(dest, "annotations/captions_default.json", captions)
+
+    def _annotations(self, source: Source, places: Mapping[str, int]) -> Iterator[dict[str, Any]]:
+        region = caption = 1
+        for image, sample in source.numbered():
+            yield from coco_regions(image, sample, places, region, caption)
+            region, caption = region + len(sample.regions), caption + len(sample.captions)
+
+
+class Grit:
+    """data/grit-NNNNN.parquet, one a part: a row per image and caption; as in GRIT, none for a pair without boxes."""
+
+    images = False
+
+    def write(self, dest: Store, part: int, samples: Samples, claim: Claim) -> None:
+        """Write the part's table."""
+        name = f"data/grit-{part:05d}.parquet"
+        claim([name])
+        with dest.spool(name) as file:
+            with pq.ParquetWriter(file, GRIT, compression="zstd") as writer:
+                for batch in samples:
+                    rows = [row for sample, _ in batch for row in grit_rows(sample)]
+                    writer.write_table(pa.Table.from_pylist(rows, GRIT))
+            dest.publish(file, name)
+        dest.sweep(name)
+
+    def finish(self, dest: Store, source: Source, totals: Mapping[str, Any]) -> None:
+        """Nothing is left to do."""
+
+
+class HuggingFace:
+    """data/train-NNNNN-NNN.parquet with the JPEGs inside, one or more a part, and a data card: README.md."""
+
+    images = True
+
+    def write(self, dest: Store, part: int, samples: Samples, claim: Claim) -> None:
+        """Write the part's files, a new one where the images of one reach its limit."""
+        batch, number = next(samples, None), 0
+        while batch is not None:
+            name, size = f"data/train-{part:05d}-{number:03d}.parquet", 0
+            claim([name])
+            with dest.spool(name) as file:
+                with pq.ParquetWriter(file, HUGGING_FACE, compression="zstd") as writer:
+                    while batch is not None and size < _FILE_BYTES:
+                        rows = [hugging_face_row(sample, image) for sample, image in batch]
+                        writer.write_table(pa.Table.from_pylist(rows, HUGGING_FACE))
+                        size += sum(len(image) for _, image in batch)
+                        batch = next(samples, None)
+                dest.publish(file, name)
+            dest.sweep(name)
+            number += 1
+
+    def finish(self, dest: Store, source: Source, totals: Mapping[str, Any]) -> None:
+        """Write the data card."""
+        recipe = source.plan.recipe
+        text = card(recipe.dataset.name, totals, described(recipe), provenance(source.plan))
+        dest.replace("README.md", text.encode())
+
+
+FORMATS: dict[str, Coco | Grit | HuggingFace] = {"coco": Coco(), "grit-parquet": Grit(), "hf": HuggingFace()}
+
+
+def export(plan: Plan, kind: str, destination: str) -> dict[str, Any]:
+    """Write the samples that select kept as format `kind` into `destination`; return the totals.
+
+    Raises StoreError, one line: a folder that holds anything else, a store that cannot be read or written.
+    """
+    source = Source(plan, plan.job(), obeyed(plan.store))
+    if not source.parts:
+        raise StoreError(f"store {plan.store.url}: select has not done any part yet; `vesl run` does")
+    dest = _open(source, kind, destination)
+    listed = json.dumps([sorted(names) for names in vars(source.takedown).values()])
+    lists = hashlib.sha256(listed.encode()).hexdigest()[:12] if source.takedown else ""
+    totals: Counter[str] = Counter()
+    phrases: Counter[str] = Counter()
+    start = last = time.monotonic()
+    try:
+        for i, (part, content) in enumerate(source.parts.items(), 1):
+            counts = _part(dest, kind, source, part, {"parent": content, "takedown": lists})
+            phrases.update(counts.pop("phrases"))
+            totals.update(counts)
+            if (now := time.monotonic()) - last > _EVERY_S or i == len(source.parts):
+                last, done = now, f"parts {i}/{len(source.parts)}, {totals['images']} images"
+                print(f"[{now - start:4.0f} s] {done}, {totals['regions']} regions", file=sys.stderr, flush=True)
+        FORMATS[kind].finish(dest, source, {**totals, "top": _top(phrases, 20)})
+    except (StaleError, ValueError) as error:  # a tar or a table that another one cites is not what it was
+        raise StoreError(f"store {plan.store.url}: {error}; `vesl run` mends it") from None
+    complete = plan.inputs.keys() == source.parts.keys()
+    about = {"complete": complete, "takedown": lists, "counts": dict(totals)}
+    about |= {"recipe": described(plan.recipe), "chain": provenance(plan)}
+    dest.write_json(f"{_MARKS}/index.json", {**_identity(plan, kind), **about})
+    notes = f", {totals['pairs']} pairs of an image and a caption" if kind == "grit-parquet" else ""
+    notes += f"; {totals['taken_down']} images are taken down" if totals["taken_down"] else ""
+    notes += "" if complete else f"; {len(source.parts)} of {len(plan.inputs)} parts, the others are not done or chosen"
+    print(f"{visible(destination)}: {totals['images']} images, {totals['regions']} regions{notes}")
+    return dict(totals)
+
+
+def _open(source: Source, kind: str, destination: str) -> Store:
+    """The destination, if it is empty or holds this very export."""
+    plan = source.plan
+    dest = Store(destination, plan.recipe.storage_options if "://" in destination else {})
+    if type(dest.fs) is type(plan.store.fs) and f"{dest.root}/".startswith(f"{plan.store.root}/"):
+        raise StoreError(f"{destination}: lies in the store; choose a folder beside it")
+    dest.check(write=True)
+    index, there = dest.read_json(f"{_MARKS}/index.json"), dest.names("")
+    if index is None and set(there) - {_MARKS}:
+        raise StoreError(f"{destination}: is not empty and no export of ours; choose a new folder")
+    wanted = _identity(plan, kind)
+    if index is None:
+        dest.write_json(f"{_MARKS}/index.json", wanted)
+    elif {name: index.get(name) for name in wanted} != wanted:
+        was = f"{index.get('format')} of select/{index.get('select')}"
+        raise StoreError(f"{destination}: holds another export: {was}, not {kind} of select/{_select(plan)}")
+    marks = {name.removesuffix(".json") for name in dest.names(_MARKS, "part-") if name.endswith(".json")}
+    if others := sorted(marks - set(map(part_name, source.parts))):
+        raise StoreError(f"{destination}: holds {others[0]}, which this recipe does not have (dataset.only_parts?)")
+    return dest
+
+
+def _identity(plan: Plan, kind: str) -> dict[str, Any]:
+    return {"vesl_export": FORMAT, "format": kind, "select": _select(plan)}
+
+
+def _select(plan: Plan) -> str:
+    return next(step.fingerprint for step in plan.steps if step.name == "select")
+
+
+def _top(phrases: Counter[str], most: int) -> list[tuple[str, int]]:
+    return sorted(phrases.items(), key=lambda item: (-item[1], item[0]))[:most]
+
+
+def _part(dest: Store, kind: str, source: Source, part: int, state: dict[str, str]) -> dict[str, Any]:
+    """Write a part unless it is done for this state; return its counts."""
+    mark = f"{_MARKS}/{part_name(part)}.json"
+    there = dest.read_json(mark) or {"files": []}
+    if "counts" in there and {name: there[name] for name in state} == state:
+        return dict(there["counts"])
+    counts: Counter[str] = Counter({"images": 0, "regions": 0})
+    phrases: Counter[str] = Counter()
+    claimed, files = set(there["files"]), set[str]()
+    if "counts" in there:  # from here on it is not done
+        dest.write_json(mark, {"files": sorted(claimed)})
+
+    def claim(names: Sequence[str]) -> None:
+        files.update(names)
+        if not claimed.issuperset(names):
+            claimed.update(names)
+            dest.write_json(mark, {"files": sorted(claimed)})
+
+    def counted(samples: Samples) -> Samples:
+        for batch in samples:
+            for sample, _ in batch:
+                count(sample, counts, phrases)
+            yield batch
+
+    written = FORMATS[kind]
+    written.write(dest, part, counted(source.read(part, written.images)), claim)
+    for old in sorted(claimed - files):
+        dest.remove(old)
+    kept = source.plan.done["select"][part]["counts"]["kept"]
+    found = {**counts, "taken_down": kept - counts["images"], "phrases": dict(_top(phrases, _TOP))}
+    dest.write_json(mark, {**state, "files": sorted(files), "counts": found})
+    return found
+
+
+def _write_json(dest: Store, name: str, document: Mapping[str, Any]) -> None:
+    """A JSON object whose iterators are written as lists, one item a line."""
+    with dest.spool(name) as file:
+        before = b"{"
+        for key, value in document.items():
+            file.write(before + json.dumps(key).encode() + b":")
+            if isinstance(value, Iterator):
+                _write_list(file, value)
+            else:
+                file.write(json.dumps(value, ensure_ascii=False).encode())
+            before = b",\n"
+        file.write(b"}\n")
+        dest.publish(file, name)
+    dest.sweep(name)
+
+
+def _write_list(file: BinaryIO, items: Iterator[Any]) -> None:
+    before = b"[\n"
+    for item in items:
+        file.write(before + json.dumps(item, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode())
+        before = b",\n"
+    file.write(b"[]" if before == b"[\n" else b"]")

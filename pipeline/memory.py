@@ -1,0 +1,102 @@
+"""A bound on the bytes that a stream of rows holds, that cannot bring the stream to a stand."""
+
+import asyncio
+import heapq
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+_EXPECTED = 1 << 16  # bytes that a request is counted with from its start: the connection's own buffers
+
+
+class _Row:
+    held = got = 0
+    flying = False
+
+
+class Memory:
+    """Bytes of bodies and of results that wait, over all rows, on one event loop. Rows are numbered in their order.
+
+    Over `limit`, no row begins but the first unfinished one, and of those in flight (which may hold what others need: a
+    turn, a place) only the first goes on. So about the limit, the largest body and the results of the first batch are
+    held at most, and there is always one that goes on.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.held = limit, 0
+        self._rows: OrderedDict[int, _Row] = OrderedDict()  # unfinished
+        self._flying: list[int] = []  # a heap; those that have landed are popped late
+        self._outside: list[tuple[int, asyncio.Future[None]]] = []  # heaps of who waits
+        self._inside: list[tuple[int, asyncio.Future[None]]] = []
+
+    def enter(self, row: int) -> None:
+        """A row comes; the earlier, the smaller its number."""
+        self._rows[row] = _Row()
+
+    async def begin(self, row: int) -> None:
+        """Wait until the row may ask a server. It must not hold a turn or a place yet."""
+        await self._hold(row, _EXPECTED - self._rows[row].held, self._outside, self._first)
+
+    @contextmanager
+    def flight(self, row: int) -> Iterator[None]:
+        """While the row holds a turn or a place."""
+        state = self._rows[row]
+        state.flying = True
+        heapq.heappush(self._flying, row)
+        try:
+            yield
+        finally:
+            state.flying = False
+            self._wake()
+
+    async def take(self, row: int, size: int) -> float:
+        """Wait until a row in flight may hold `size` more bytes of its body; return the seconds waited."""
+        start, state = time.monotonic(), self._rows[row]
+        state.got += size
+        await self._hold(row, state.got - state.held, self._inside, self._first_flying)
+        return time.monotonic() - start
+
+    def empty(self, row: int) -> None:
+        """The row begins anew."""
+        state = self._rows[row]
+        self.give(state.held)
+        state.held = state.got = 0
+
+    def leave(self, row: int, kept: int) -> None:
+        """The row is finished; `kept` bytes are its result's, and come back by `give`."""
+        self.give(self._rows.pop(row).held - kept)
+
+    def give(self, size: int) -> None:
+        """So many bytes are free again."""
+        self.held -= size
+        self._wake()
+
+    async def _hold(
+        self, row: int, size: int, queue: list[tuple[int, asyncio.Future[None]]], first: Callable[[], int | None]
+    ) -> None:
+        if size <= 0:
+            return
+        while self.held + size > self.limit and row != first():
+            ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            heapq.heappush(queue, (row, ready))
+            await ready
+        self.held += size
+        self._rows[row].held += size
+        self._wake()
+
+    def _first(self) -> int | None:
+        return next(iter(self._rows), None)
+
+    def _first_flying(self) -> int | None:
+        while self._flying and not ((state := self._rows.get(self._flying[0])) and state.flying):
+            heapq.heappop(self._flying)
+        return self._flying[0] if self._flying else None
+
+    def _wake(self) -> None:
+        """Let the first of each queue look again."""
+        for queue, first in ((self._inside, self._first_flying), (self._outside, self._first)):
+            while queue and queue[0][1].done():  # cancelled
+                heapq.heappop(queue)
+            if queue and (self.held < self.limit or queue[0][0] == first()):
+                heapq.heappop(queue)[1].set_result(None)

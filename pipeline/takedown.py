@@ -1,0 +1,197 @@
+"""`vesl takedown`: lists of what must not be used any more, kept in the store, and who they name.
+
+A list is stored as the next version `takedown/NNNNN.txt` and never changes; all versions together are obeyed, at once,
+by every reader. Removing the content itself is `compact`'s part.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ..transforms.outcomes import Drop
+from ..transforms.takedown import Takedown
+from .stage import Function, InTwo, Stage, answer
+from .store import Store, StoreError
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+FOLDER = "takedown"
+_READERS = 16  # tables read at a time
+_VERSION = re.compile(r"(\d{5,})\.txt")
+_PART = re.compile(r"part-(\d{5,})\.parquet")
+_FINGERPRINT = re.compile(r"[0-9a-f]{12}")
+_OF_DOWNLOAD = ("sha256", "source_sha256", "final_url")
+NAMED_BY = ("url", *_OF_DOWNLOAD)  # beside the key
+_parsed: dict[tuple[str, tuple[str, ...]], Takedown] = {}  # the newest, as a version never changes
+
+
+class TakedownError(Exception):
+    """A list that cannot be used: one line that says which line of it. Exit code 2."""
+
+
+def obeyed(store: Store) -> Takedown:
+    """All lists of the store. Raises StoreError for a stored list that cannot be read: it must not be passed over."""
+    lists = [name for name in store.names(FOLDER) if name.endswith(".txt")]
+    place = (store.url, tuple(lists))
+    if place not in _parsed:
+        try:
+            found = Takedown.parse((f"{FOLDER}/{name}", store.read(f"{FOLDER}/{name}").decode()) for name in lists)
+        except ValueError as error:  # also UnicodeDecodeError
+            raise StoreError(f"store {store.url}: {error}; mend or remove this list") from None
+        _parsed.clear()
+        _parsed[place] = found
+    return _parsed[place]
+
+
+def named(plan: "Plan", takedown: Takedown) -> pa.Array:
+    """The keys (string, in the order of the parts) of the plan's rows that lists name by key, URL, domain or sha256.
+
+    A stored image is also named by the sha256 of the bytes that were downloaded and by the URL that they came from.
+    """
+    if not takedown:
+        return pa.array([], pa.string())
+    inputs, first = plan.job().inputs, plan.steps[0]
+    tables = [(inputs[p], [first.table(p)] if p in plan.done[first.name] else []) for p in plan.parts]
+    return pa.concat_arrays([pa.array([], pa.string()), *named_in(plan.store, tables, takedown)])
+
+
+def named_in(store: Store, tables: Sequence[tuple[str, Sequence[str]]], takedown: Takedown) -> Iterator[pa.Array]:
+    """For each input table, given with the download tables of its part, the keys (string) of the rows named."""
+
+    def of_part(part: tuple[str, Sequence[str]]) -> pa.Array:
+        rows = store.read_table(part[0], ["key", "url"] if takedown.urls or takedown.domains else ["key"])
+        found = [rows["key"].filter(match(rows, takedown))]
+        for name in part[1] if takedown.sha256 or takedown.urls or takedown.domains else ():
+            stored = store.read_table(name, ["key", *_OF_DOWNLOAD])
+            found.append(stored["key"].filter(match(stored, takedown)))
+        keys = pa.concat_arrays([chunk for column in found for chunk in column.chunks] or [pa.array([], pa.string())])
+        return keys.unique()
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        yield from pool.map(of_part, tables)
+
+
+def match(rows: pa.Table, takedown: Takedown) -> pa.Array:
+    """Which rows are named, bool [rows], by those of key, url, sha256, source_sha256 and final_url that they have."""
+    return takedown.match(
+        rows["key"].combine_chunks(),
+        urls=[rows[name].combine_chunks() for name in ("url", "final_url") if name in rows.column_names],
+        hashes=[rows[name].combine_chunks() for name in ("sha256", "source_sha256") if name in rows.column_names],
+    )
+
+
+def obeying(function: Function, stage: Stage, takedown: Takedown) -> Function:
+    """A stage's function that never sees the rows that lists name: they are rejected as `taken_down`."""
+
+    def others(batch: pa.Table) -> pa.Table:
+        return batch.filter(pc.invert(match(batch, takedown)))
+
+    def prepare(batch: pa.Table) -> Any:
+        rows = others(batch)
+        return function.prepare(rows) if isinstance(function, InTwo) and len(rows) else None
+
+    def finish(batch: pa.Table, prepared: Any) -> pa.Table:
+        rows, gone = others(batch), batch.filter(match(batch, takedown))
+        dropped = answer(gone, stage.name, [Drop("taken_down")] * len(gone), stage.emits)
+        if not len(rows):
+            return dropped
+        result = function.finish(rows, prepared) if isinstance(function, InTwo) else function(rows)
+        whole = pa.concat_tables([result, dropped])
+        return whole.take(pc.index_in(batch["key"], whole["key"]))
+
+    return InTwo(prepare, finish) if isinstance(function, InTwo) else lambda batch: finish(batch, None)
+
+
+def add(store: Store, path: str) -> tuple[str, bool]:
+    """Check the list in the file `path` and store it as the next version, unless one has the same bytes already.
+
+    Returns its name, and whether it is new. Raises TakedownError for a file that is no list.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+        if not Takedown.parse([(path, text)]):
+            raise ValueError(f"{path}: names nothing")
+    except OSError as error:
+        raise TakedownError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise TakedownError(f"{path}: is not UTF-8 text") from None
+    except ValueError as error:
+        raise TakedownError(str(error)) from None
+    obeyed(store)  # none is added beside one that cannot be read
+    return _keep(store, text.encode())
+
+
+def who(store: Store) -> dict[int, pa.Array]:
+    """The keys of the whole store's samples that its lists name, by part, of the parts that have any.
+
+    Samples that are known only by their stored image, and so not to whoever sees key and URL alone (the trainer, a
+    later ingest), are first added to the lists by their keys.
+    """
+    lists, inputs = obeyed(store), input_files(store)
+    downloads = [(f, names) for f, names in step_tables(store).items() if f.startswith("download/")]
+    given = []
+    for table in inputs:
+        same = [f"{folder}/{table.rpartition('/')[2]}" for folder, _ in downloads]
+        given.append((table, [name for name, (_, names) in zip(same, downloads, strict=True) if name in names]))
+    found: dict[int, pa.Array] = {}
+    hidden: list[str] = []
+    plain = dataclasses.replace(lists, sha256=frozenset())
+    for table, keys in zip(inputs, named_in(store, given, lists), strict=True):
+        if len(keys):
+            part = part_of(table)
+            found[part] = pa.concat_arrays([found.get(part, keys.slice(0, 0)), keys]).unique()
+            rows = store.read_table(table, ["key", "url"])
+            hidden += pc.filter(keys, pc.invert(pc.is_in(keys, rows["key"].filter(match(rows, plain))))).to_pylist()
+    if hidden:
+        _keep(store, "\n".join(["# known by their stored images only", *sorted(set(hidden)), ""]).encode())
+    return found
+
+
+def step_tables(store: Store) -> dict[str, set[str]]:
+    """The tables of every result in the store: `<step>/<fingerprint>` -> names with that folder."""
+    folders = [
+        f"{step}/{fingerprint}"
+        for step in store.names("")
+        if step not in ("input", "runs", FOLDER) and "." not in step
+        for fingerprint in store.names(step)
+        if _FINGERPRINT.fullmatch(fingerprint)
+    ]
+    found = {f: {f"{f}/{name}" for name in store.names(f, "part-") if _PART.fullmatch(name)} for f in folders}
+    return {folder: names for folder, names in found.items() if names or store.exists(f"{folder}/step.json")}
+
+
+def part_of(table: str) -> int:
+    """The number of the part that a table belongs to."""
+    found = _PART.fullmatch(table.rpartition("/")[2])
+    assert found is not None
+    return int(found[1])
+
+
+def input_files(store: Store) -> list[str]:
+    """Every input table, also of an ingest that was killed before it was entered in `dataset.json`."""
+    folders = [f"input/{name}" for name in store.names("input") if "." not in name]
+    return [f"{folder}/{name}" for folder in folders for name in store.names(folder, "part-") if _PART.fullmatch(name)]
+
+
+def _keep(store: Store, data: bytes) -> tuple[str, bool]:
+    """Store a list as the next version unless there is one with these bytes; its name, and whether it is new."""
+    number = 0
+    for name in store.names(FOLDER):
+        if version := _VERSION.fullmatch(name):
+            number = max(number, int(version[1]))
+            if store.read(f"{FOLDER}/{name}") == data:
+                return f"{FOLDER}/{name}", False
+    while True:
+        number += 1
+        name = f"{FOLDER}/{number:05d}.txt"
+        if store.create(name, data):
+            return name, True
+        if store.read(name) == data:
+            return name, False
