@@ -87,14 +87,23 @@ class Pieces:
             try:
                 done += run(start, start + step)
                 continue
-            except torch.OutOfMemoryError:
-                if step == 1:
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
                     raise
+                if step == 1:
+                    raise torch.OutOfMemoryError(" ".join(str(error).split())) from None
             # Out of the except block: there the traceback would hold the tensors of the failed attempt.
             self.size = step // 2
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         return done
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Also where not PyTorch's own allocator says so, but the driver, or a library that asked it for its workspace."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return any(sign in str(error) for sign in ("CUDA error: out of memory", "_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INIT"))
 
 
 class Memory:

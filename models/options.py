@@ -13,7 +13,11 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]  # auto: bfloat16 on a
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where an OpenAI-compatible server is and how hard it is asked. The key is read from the environment only."""
+    """Where an OpenAI-compatible server is and how hard it is asked. The key is read from the environment only.
+
+    A worker asks for what its threads have prepared: at most batch * (threads + 2) images are with the server at once,
+    each with all of its prompts, even where `in_flight` would allow more.
+    """
 
     url: str = operational("http://127.0.0.1:8000/v1")
     key_from: str = operational("OPENAI_API_KEY")  # the environment variable; no key is sent where it is not set
@@ -57,7 +61,7 @@ class Captioning:
     max_pixels: int | None = None  # larger images are scaled down to that many before the model's own processor
     dtype: Dtype = "auto"
     device: Literal["auto", "cpu", "cuda"] = operational("auto")
-    compile: bool = operational(False)  # torch.compile: worth it where many batches follow
+    compile: bool = operational(False)  # torch.compile of what writes the text: worth it where many batches follow
     endpoint: Endpoint = field(default_factory=Endpoint)
 
     def __post_init__(self) -> None:

@@ -7,7 +7,8 @@ or the same box is in transforms/calibration.py.
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,12 @@ from ..transforms.calibration import (
     choose,
     curve,
     match,
-    normalise,
     parse_labels,
     thresholds,
 )
 from ..transforms.captions import visible
 from ..transforms.filters import SelectRule, judge
+from ..transforms.found import normalise
 from .plan import Plan
 from .recipe import RecipeError
 from .takedown import NAMED_BY, obeyed
@@ -42,6 +43,7 @@ from .work import incoming
 
 _WORDS = {"1 word": (0, 1), "2 words": (1, 2), "3 words": (2, 3), "4 words and more": (3, np.inf)}
 _AREAS = {"below 1 % of the image": (-1, 0.01), "1 to 10 %": (0.01, 0.1), "above 10 %": (0.1, np.inf)}
+_READERS = 32  # tables looked into at a time
 _SHOWN = 12  # thresholds in the table
 _NEED = ("sha256", "width", "height", "phrases", "detections")
 
@@ -121,14 +123,14 @@ def without_scores(rule: SelectRule) -> SelectRule:
 def gather(plan: Plan, labels: Sequence[LabelledImage]) -> Gathered:
     """Find the labelled images among what is grounded, part by part. Raises RecipeError where there is none."""
     names = [step.name for step in plan.steps]
-    select, first, takedown = plan.steps[names.index("select")], plan.steps[0], obeyed(plan.store)
+    select, takedown = plan.steps[names.index("select")], obeyed(plan.store)
     rule, job = without_scores(getattr(select.stage, "rule", SelectRule())), plan.job()
     by = {label.key or label.sha256 or "": label for label in labels}
     wanted, gathered = pa.array(by, pa.string()), Gathered(labelled=len(by))
-    for part in sorted(plan.done["ground"].keys() & set(plan.parts)):
-        there = plan.store.read_table(first.table(part), ["key", "sha256"])
-        if not pc.any(_either(there, wanted)).as_py():
-            continue
+    parts = sorted(plan.done["ground"].keys() & set(plan.parts))
+    if not parts:
+        raise RecipeError(f"store {plan.store.url}: ground has not done any part yet; `vesl run` does")
+    for part in _having(plan, parts, wanted):
         needed = (*_NEED, *NAMED_BY) if takedown else _NEED
         rows = incoming(plan.store, job, names.index("ground") + 1, part, tuple(dict.fromkeys(needed))).rows
         rows = rows.filter(_either(rows, wanted))
@@ -141,9 +143,24 @@ def gather(plan: Plan, labels: Sequence[LabelledImage]) -> Gathered:
             label = by.pop(row["key"], None) or by.pop(row["sha256"], None)
             if label is not None:  # else a copy of an image that was met before, or one that is labelled twice
                 gathered.add(row, given, label)
+        if not by:
+            break
     if not gathered.images:
         raise RecipeError(f"none of the {gathered.labelled} labelled images is in the store with its detections")
     return gathered
+
+
+def _having(plan: Plan, parts: Sequence[int], wanted: pa.Array) -> Iterator[int]:
+    """The parts that have any of these keys or sha256, in order."""
+
+    def find(part: int) -> bool:
+        there = plan.store.read_table(plan.steps[0].table(part), ["key", "sha256"])
+        return pc.any(_either(there, wanted)).as_py() or False
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        for first in range(0, len(parts), 8 * _READERS):  # not all at once: the first ones may do
+            some = parts[first : first + 8 * _READERS]
+            yield from (part for part, found in zip(some, pool.map(find, some), strict=True) if found)
 
 
 def _either(rows: pa.Table, wanted: pa.Array) -> pa.ChunkedArray:

@@ -29,6 +29,7 @@ _REFUSED: tuple[Network, ...] = (
     ip_network("2002::/16"),
     ip_network("3fff::/20"),  # documentation; global to some Pythons
 )
+_SOCKET_BYTES, _BUFFER_BYTES = 1 << 16, 1 << 14  # of what came and was not read yet, of each of a thousand
 _LOOK_UPS = 256  # at a time: each has a thread, and the resolver must keep up
 
 
@@ -63,7 +64,9 @@ def open_session(
         family, kind, protocol, _, address = info
         if is_blocked(address[0], allowed):
             raise PermissionError(errno.EACCES, f"{BLOCKED} {address[0]}")
-        return socket.socket(family, kind, protocol)
+        opened = socket.socket(family, kind, protocol)
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SOCKET_BYTES)  # else it grows to megabytes
+        return opened
 
     class Resolver(AbstractResolver):
         async def resolve(
@@ -94,6 +97,7 @@ def open_session(
         timeout=aiohttp.ClientTimeout(sock_connect=connect_timeout_s, sock_read=read_timeout_s),
         cookie_jar=aiohttp.DummyCookieJar(),
         headers={"User-Agent": user_agent, "Accept": "image/*,*/*;q=0.8", "Accept-Encoding": "identity"},
+        read_bufsize=_BUFFER_BYTES,
         auto_decompress=False,  # who reads the body does it, with a limit
         trust_env=False,
     )

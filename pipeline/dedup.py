@@ -19,8 +19,7 @@ import pyarrow.parquet as pq
 from ..transforms.hashes import bands, masks
 from ..transforms.records import step_schema
 from .engines import EngineError
-from .ingest import MEMORY, connect
-from .ingest import _scratch as scratch_folder
+from .ingest import MEMORY, connect, scratch_folder
 from .recipe import RecipeError
 from .stage import Step, fingerprint
 from .steps.dedup import EVALUATION, Dedup, evaluation_table

@@ -6,47 +6,52 @@ is run again after more parts are done, or after a takedown, writes what changed
 and nothing that is not ours is ever touched. What a sample looks like in a format is in transforms/exports.py.
 """
 
+import dataclasses
 import hashlib
 import json
+import os
+import shutil
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..transforms.calibration import normalise
 from ..transforms.captions import visible
 from ..transforms.exports import (
     GRIT,
     HUGGING_FACE,
     card,
+    coco_captions,
     coco_image,
     coco_regions,
     count,
     grit_rows,
     hugging_face_row,
 )
+from ..transforms.found import normalise
 from ..transforms.records import Sample
 from ..transforms.takedown import Takedown
 from .plan import Plan, provenance
 from .run import described
 from .stage import part_name
 from .store import Store, StoreError
-from .takedown import NAMED_BY, obeyed
-from .takedown import match as named
+from .takedown import NAMED_BY, match, named, obeyed
 from .work import Job, StaleError, incoming
 
 FORMAT = 1  # of the layouts; another one is never mixed into a folder
 _MARKS = ".vesl-export"
 _BATCH_ROWS, _BATCH_BYTES = 100, 1 << 26
 _FILE_BYTES = 500 << 20  # of images in one Parquet file, as the hub advises
-_WRITERS = 16  # images written at a time
+_PARTS = 4  # written at a time: most of a small part's time is waiting for a bucket
+_WRITERS = 16  # images written at a time, of each
 _TOP = 1000  # phrases counted of each part
 _EVERY_S = 5.0
 _COLUMNS = ("url", "alt_text", "sha256", "width", "height", "captions", "phrases", "detections", "verdicts", "select")
@@ -69,12 +74,22 @@ class Source:
         done = self.plan.done["select"]
         return {part: done[part]["content"] for part in self.plan.parts if part in done}
 
+    @property
+    def lists(self) -> str:
+        """What the takedown lists say, as a hash; empty where there are none."""
+        return _digest(sorted(names) for names in vars(self.takedown).values()) if self.takedown else ""
+
+    def taken(self, part: int) -> str:
+        """Which rows of a part the lists name, as a hash; empty where they name none."""
+        keys = named(dataclasses.replace(self.plan, parts=(part,)), self.takedown).to_pylist()
+        return _digest(sorted(keys)) if keys else ""
+
     def read(self, part: int, images: bool) -> Samples:
         """A part's samples in batches, with their JPEGs or, unless `images`, with nothing."""
         store, steps = self.plan.store, [step.name for step in self.plan.steps]
         wanted = (*_COLUMNS, *(["image"] if images else []), *(NAMED_BY if self.takedown else []))
         given = incoming(store, self.job, steps.index("select") + 1, part, tuple(dict.fromkeys(wanted)))
-        rows = given.rows.filter(pc.invert(named(given.rows, self.takedown))) if self.takedown else given.rows
+        rows = given.rows.filter(pc.invert(match(given.rows, self.takedown))) if self.takedown else given.rows
         first = 0
         while first < len(rows):
             batch = rows.slice(first, _BATCH_ROWS)
@@ -114,35 +129,23 @@ class Coco:
                 list(pool.map(dest.fs.pipe_file, map(dest.path, names), [image for _, image in batch]))
 
     def finish(self, dest: Store, source: Source, totals: Mapping[str, Any]) -> None:
-        """Write the two documents, reading part by part again."""
+        """Write the two documents, reading part by part again: once for the categories, and once for what is said."""
         phrases = Counter(normalise(region.phrase) for _, sample in source.numbered() for region in sample.regions)
         order = sorted(phrases, key=lambda phrase: (-phrases[phrase], phrase))
         places = {phrase: i for i, phrase in enumerate(order, 1)}
         info = {"description": source.plan.recipe.dataset.name, "select": _select(source.plan)}
         about = {"info": info, "licenses": []}
-        instances: dict[str, Any] = {
-            **about,
-            "images": (coco_image(i, sample) for i, sample in source.numbered()),
-            "annotations": self._annotations(source, places),
-            "categories": ({"id": i, "name": p, "supercategory": "phrase"} for p, i in places.items()),
-        }
-        _write_json(dest, "annotations/instances_default.json", instances)
-        texts = ((i, caption) for i, sample in source.numbered() for caption in sample.captions)
-        captions: dict[str, Any] = {
-            **about,
-            "images": (coco_image(i, sample) for i, sample in source.numbered()),
-            "annotations": (
-                {"id": number, "image_id": image, "caption": caption.text, "model": caption.model}
-                for number, (image, caption) in enumerate(texts, 1)
-            ),
-        }
-        _write_json(dest, "annotations/captions_default.json", captions)
-
-    def _annotations(self, source: Source, places: Mapping[str, int]) -> Iterator[dict[str, Any]]:
-        region = caption = 1
-        for image, sample in source.numbered():
-            yield from coco_regions(image, sample, places, region, caption)
-            region, caption = region + len(sample.regions), caption + len(sample.captions)
+        categories = [{"id": i, "name": phrase, "supercategory": "phrase"} for phrase, i in places.items()]
+        with TemporaryFile() as images, TemporaryFile() as regions, TemporaryFile() as captions:
+            region = caption = 1
+            for number, sample in source.numbered():
+                _append(images, [coco_image(number, sample)])
+                _append(regions, coco_regions(number, sample, places, region, caption))
+                _append(captions, coco_captions(number, sample, caption))
+                region, caption = region + len(sample.regions), caption + len(sample.captions)
+            lists = {"images": images, "annotations": regions, "categories": categories}
+            _write_json(dest, "annotations/instances_default.json", {**about, **lists})
+            _write_json(dest, "annotations/captions_default.json", {**about, "images": images, "annotations": captions})
 
 
 class Grit:
@@ -207,14 +210,11 @@ def export(plan: Plan, kind: str, destination: str) -> dict[str, Any]:
     if not source.parts:
         raise StoreError(f"store {plan.store.url}: select has not done any part yet; `vesl run` does")
     dest = _open(source, kind, destination)
-    listed = json.dumps([sorted(names) for names in vars(source.takedown).values()])
-    lists = hashlib.sha256(listed.encode()).hexdigest()[:12] if source.takedown else ""
     totals: Counter[str] = Counter()
     phrases: Counter[str] = Counter()
     start = last = time.monotonic()
     try:
-        for i, (part, content) in enumerate(source.parts.items(), 1):
-            counts = _part(dest, kind, source, part, {"parent": content, "takedown": lists})
+        for i, counts in enumerate(_all_parts(dest, kind, source), 1):
             phrases.update(counts.pop("phrases"))
             totals.update(counts)
             if (now := time.monotonic()) - last > _EVERY_S or i == len(source.parts):
@@ -224,7 +224,7 @@ def export(plan: Plan, kind: str, destination: str) -> dict[str, Any]:
     except (StaleError, ValueError) as error:  # a tar or a table that another one cites is not what it was
         raise StoreError(f"store {plan.store.url}: {error}; `vesl run` mends it") from None
     complete = plan.inputs.keys() == source.parts.keys()
-    about = {"complete": complete, "takedown": lists, "counts": dict(totals)}
+    about = {"complete": complete, "takedown": source.lists, "counts": dict(totals)}
     about |= {"recipe": described(plan.recipe), "chain": provenance(plan)}
     dest.write_json(f"{_MARKS}/index.json", {**_identity(plan, kind), **about})
     notes = f", {totals['pairs']} pairs of an image and a caption" if kind == "grit-parquet" else ""
@@ -238,11 +238,12 @@ def _open(source: Source, kind: str, destination: str) -> Store:
     """The destination, if it is empty or holds this very export."""
     plan = source.plan
     dest = Store(destination, plan.recipe.storage_options if "://" in destination else {})
-    if type(dest.fs) is type(plan.store.fs) and f"{dest.root}/".startswith(f"{plan.store.root}/"):
+    here, there = (os.path.realpath(one.root) if one.local else one.root for one in (dest, plan.store))
+    if type(dest.fs) is type(plan.store.fs) and f"{here}/".startswith(f"{there}/"):
         raise StoreError(f"{destination}: lies in the store; choose a folder beside it")
     dest.check(write=True)
-    index, there = dest.read_json(f"{_MARKS}/index.json"), dest.names("")
-    if index is None and set(there) - {_MARKS}:
+    index = _read_mark(dest, "index")
+    if index is None and set(dest.names("")) - {_MARKS}:
         raise StoreError(f"{destination}: is not empty and no export of ours; choose a new folder")
     wanted = _identity(plan, kind)
     if index is None:
@@ -268,11 +269,42 @@ def _top(phrases: Counter[str], most: int) -> list[tuple[str, int]]:
     return sorted(phrases.items(), key=lambda item: (-item[1], item[0]))[:most]
 
 
+def _all_parts(dest: Store, kind: str, source: Source) -> Iterator[dict[str, Any]]:
+    """Write the parts, some at a time; their counts, in order."""
+    pending: deque[Future[dict[str, Any]]] = deque()
+    lists = source.lists
+    with ThreadPoolExecutor(_PARTS) as pool:
+        try:
+            for part, content in source.parts.items():
+                pending.append(pool.submit(_part, dest, kind, source, part, {"parent": content, "takedown": lists}))
+                if len(pending) > 2 * _PARTS:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _read_mark(dest: Store, name: str) -> dict[str, Any] | None:
+    try:
+        document = dest.read_json(f"{_MARKS}/{name}.json")
+    except ValueError:
+        document = ()
+    if document is None or isinstance(document, dict):
+        return document
+    raise StoreError(f"{dest.url}: {_MARKS}/{name}.json is damaged; export into a new folder")
+
+
 def _part(dest: Store, kind: str, source: Source, part: int, state: dict[str, str]) -> dict[str, Any]:
     """Write a part unless it is done for this state; return its counts."""
     mark = f"{_MARKS}/{part_name(part)}.json"
-    there = dest.read_json(mark) or {"files": []}
-    if "counts" in there and {name: there[name] for name in state} == state:
+    there = _read_mark(dest, part_name(part)) or {"files": []}
+    same = "counts" in there and there["parent"] == state["parent"]
+    if same and there["takedown"] == state["takedown"]:
+        return dict(there["counts"])
+    state = {**state, "taken": source.taken(part)}
+    if same and there.get("taken") == state["taken"]:  # the lists have changed, and name nothing else here
+        dest.write_json(mark, {**there, **state})
         return dict(there["counts"])
     counts: Counter[str] = Counter({"images": 0, "regions": 0})
     phrases: Counter[str] = Counter()
@@ -302,25 +334,31 @@ def _part(dest: Store, kind: str, source: Source, part: int, state: dict[str, st
     return found
 
 
+def _digest(values: Iterable[Any]) -> str:
+    return hashlib.sha256(json.dumps(list(values)).encode()).hexdigest()[:12]
+
+
+def _append(file: IO[bytes], items: Iterable[Any]) -> None:
+    """Add items of a JSON list, one a line."""
+    for item in items:
+        text = json.dumps(item, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        file.write((b",\n" if file.tell() else b"\n") + text.encode())
+
+
 def _write_json(dest: Store, name: str, document: Mapping[str, Any]) -> None:
-    """A JSON object whose iterators are written as lists, one item a line."""
+    """A JSON object, in which a file stands for the list of the items that `_append` wrote."""
     with dest.spool(name) as file:
         before = b"{"
         for key, value in document.items():
             file.write(before + json.dumps(key).encode() + b":")
-            if isinstance(value, Iterator):
-                _write_list(file, value)
+            if hasattr(value, "seek"):
+                value.seek(0)
+                file.write(b"[")
+                shutil.copyfileobj(value, file, 1 << 20)
+                file.write(b"]")
             else:
                 file.write(json.dumps(value, ensure_ascii=False).encode())
             before = b",\n"
         file.write(b"}\n")
         dest.publish(file, name)
     dest.sweep(name)
-
-
-def _write_list(file: BinaryIO, items: Iterator[Any]) -> None:
-    before = b"[\n"
-    for item in items:
-        file.write(before + json.dumps(item, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode())
-        before = b",\n"
-    file.write(b"[]" if before == b"[\n" else b"]")

@@ -159,6 +159,8 @@ class Fetcher(Generic[T]):
         def on_loop() -> None:
             for task in work.tasks:
                 task.cancel()
+            with suppress(ValueError):
+                self._memory.batches.remove(work)
             self._memory.give(work.held)
             work.held = 0
 
@@ -166,6 +168,7 @@ class Fetcher(Generic[T]):
             self._loop.call_soon_threadsafe(on_loop)
 
     def _start(self, work: "_Work[T]", urls: list[str]) -> None:
+        self._memory.batches.append(work)
         for position, url in enumerate(urls):
             self._memory.enter(self._rows)
             task = self._loop.create_task(self._row(work, position, self._rows, url))

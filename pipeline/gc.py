@@ -6,6 +6,7 @@ shards by reference cite, as it is part of that chain. Input, takedown lists and
 
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -13,22 +14,23 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .compact import JOURNAL, at_work
+from . import journal
+from .listing import cited, folders, is_result, part_of, tables
 from .plan import chain
 from .recipe import RecipeError, load_training
-from .stage import part_name
 from .store import Store, StoreError
-from .takedown import part_of, step_tables
 
 _AT_ONCE = 500  # files removed in one request
+_READERS = 32
 
 
 @dataclass
 class Result:
-    """One `<step>/<fingerprint>`: its files, name -> (bytes, time of change); `recipes` that need it."""
+    """One `<step>/<fingerprint>`: its tables by part, its files, name in the store -> (bytes, time of change);
+    `recipes` that need it."""
 
     folder: str
-    tables: set[str]
+    tables: dict[int, str]
     files: dict[str, tuple[int, float]]
     recipes: list[str] = field(default_factory=list)
     leftovers: set[str] = field(default_factory=set)  # tars that no table cites, and unfinished work on done parts
@@ -55,6 +57,8 @@ def command(url: str, recipes: Sequence[str], remove: bool) -> int:
         raise StoreError(f"store {url}: there is nothing")
     if remove and not recipes:
         raise RecipeError("gc --remove: name every recipe whose results are to stay")
+    if remove:
+        _alone(store)  # before what is there is looked at, and after
     found = results(store, needed)
     _print(found, bool(recipes))
     unneeded = [result for result in found if not result.recipes]
@@ -64,14 +68,21 @@ def command(url: str, recipes: Sequence[str], remove: bool) -> int:
     elif not remove:
         print(f"{_size(spare)} could go: `--remove` removes what no recipe names, and leftovers")
     else:
-        if busy := at_work(store):
-            raise StoreError(f"store {url}: {busy}; nothing was removed")
-        if (store.read_json(JOURNAL) or {}).get("state") == "running":
-            raise StoreError(f"store {url}: a compaction was interrupted; `vesl run` finishes it; nothing was removed")
+        _alone(store)
         for result in found:
             clear(store, result)
         print(f"removed {len(unneeded)} results and leftovers, {_size(spare)}")
     return 0
+
+
+def _alone(store: Store) -> None:
+    """Raise StoreError where a run or a compaction is at work, or not ended."""
+    if busy := journal.at_work(store):
+        raise StoreError(f"store {store.url}: {busy}; nothing was removed")
+    if journal.newest(store)[1]["state"] != "done":
+        raise StoreError(
+            f"store {store.url}: a compaction was interrupted; `vesl run` finishes it; nothing was removed"
+        )
 
 
 def named(url: str, recipes: Sequence[str]) -> tuple[Store, dict[str, list[str]]]:
@@ -98,9 +109,11 @@ def named(url: str, recipes: Sequence[str]) -> tuple[Store, dict[str, list[str]]
 def results(store: Store, needed: Mapping[str, Sequence[str]]) -> list[Result]:
     """Every result in the store, with the recipes that need it: those that name it, or what was made from it."""
     found = {}
-    for folder, tables in step_tables(store).items():
+    for folder in folders(store):
         files = {name: _about(info) for name, info in _files(store, folder).items()}
-        found[folder] = Result(folder, tables, files)
+        inside = {name.removeprefix(f"{folder}/").partition("/")[0] for name in files}
+        if is_result(inside):
+            found[folder] = Result(folder, tables(inside), files)
     by_fingerprint = {folder.rpartition("/")[2]: folder for folder in found}
     for folder, recipes in needed.items():
         while folder in found:
@@ -125,23 +138,30 @@ def _about(info: Mapping[str, Any]) -> tuple[int, float]:
 
 
 def _leftovers(store: Store, result: Result) -> set[str]:
-    """Of a result that stays: unfinished work beside finished tables, and tars that a finished part does not cite."""
-    done = {part_name(part_of(table)): table for table in result.tables}
+    """Of a result that stays: unfinished work beside finished tables, and tars that a finished part does not cite.
+
+    Only tables of which there is a doubt are read: a part's one download is its own, as are shards that the index has.
+    """
     found: set[str] = set()
-    tars: dict[str, str] = {}  # and their parts
+    tars: dict[int, set[str]] = {}
     for name in result.files:
         inside, _, below = name.removeprefix(f"{result.folder}/").partition("/")
-        stem = inside.partition(".")[0]
-        part = f"part-{stem.split('-')[1]}" if stem.startswith(("part-", "shard-")) else ""
-        if part in done and below:
+        part = part_of(inside)
+        if part in result.tables and below:
             found.add(name)
-        elif part in done and inside.endswith(".tar"):
-            tars[name] = part
-    cited = {}
-    for part in set(tars.values()):
-        footer = store.footer(done[part]) or {}
-        cited[part] = {footer.get("tar", {}).get("name"), *(shard["name"] for shard in footer.get("shards", ()))}
-    return found | {name for name, part in tars.items() if name.rpartition("/")[2] not in cited[part]}
+        elif part in result.tables and part is not None and inside.endswith(".tar"):
+            tars.setdefault(part, set()).add(inside)
+    index = store.read_json(f"{result.folder}/index.json") if f"{result.folder}/index.json" in result.files else None
+    indexed = {shard["name"] for shard in index["shards"]} if index else None
+
+    def orphans(part: int) -> set[str]:
+        if len(tars[part]) == 1 if indexed is None else tars[part] <= indexed:
+            return set()
+        footer = store.footer(f"{result.folder}/{result.tables[part]}")
+        return tars[part] - cited(footer) if footer else set()
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        return found | {f"{result.folder}/{name}" for some in pool.map(orphans, tars) for name in some}
 
 
 def clear(store: Store, result: Result) -> None:

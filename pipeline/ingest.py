@@ -67,8 +67,8 @@ def ingest(
             entry = _ingest(store, dataset, new, url_column, caption_column, rows_per_part, report)
             # The claim on this place in the row of ingests; of several, the first creator's counts.
             claimed = store.create(claim(len(dataset["ingests"])), to_json(entry))
-            if not claimed and store.read_json(claim(len(dataset["ingests"]))) != entry:
-                continue
+            if claimed or store.read_json(claim(len(dataset["ingests"]))) != entry:
+                continue  # and look again, as a compaction may have changed the counts of earlier ones
             dataset["ingests"].append(entry)
         if store.read_json("dataset.json") != dataset and dataset["ingests"]:
             store.write_json("dataset.json", dataset)
@@ -130,7 +130,7 @@ def _ingest(
         inputs["takedown"] = {kind: sorted(values) for kind, values in vars(takedown).items()}
     identity = fingerprint(inputs)
     first = sum(i["parts"] for i in dataset["ingests"])
-    with _scratch() as scratch:
+    with scratch_folder() as scratch:
         counts = _collect(new, url_column, caption_column, takedown, f"{scratch}/rows.parquet", report)
         kept, parts = _publish(store, dataset, identity, first, rows_per_part, scratch)
     dropped = counts["no_url"] + counts["malformed"] + counts["taken_down"]
@@ -139,7 +139,7 @@ def _ingest(
 
 
 @contextmanager
-def _scratch() -> Iterator[str]:
+def scratch_folder() -> Iterator[str]:
     """A folder for the rows on their way; those of processes that were killed are removed first."""
     for old in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
         process = old.name.removeprefix(_SCRATCH).split("-")[0]

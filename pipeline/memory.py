@@ -6,8 +6,12 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 _EXPECTED = 1 << 16  # bytes that a request is counted with from its start: the connection's own buffers
+
+
+_Queue = list[tuple[int, asyncio.Future[None]]]  # a heap
 
 
 class _Row:
@@ -18,17 +22,19 @@ class _Row:
 class Memory:
     """Bytes of bodies and of results that wait, over all rows, on one event loop. Rows are numbered in their order.
 
-    Over `limit`, no row begins but the first unfinished one, and of those in flight (which may hold what others need: a
-    turn, a place) only the first goes on. So about the limit, the largest body and the results of the first batch are
-    held at most, and there is always one that goes on.
+    Over `limit`, or while rows in flight wait, no row begins but the first unfinished one; and of those in flight
+    (which may hold what others need: a turn, a place) only the first goes on. So about the limit, the largest body and
+    the results of the first batch are held at most, and there is always one that goes on, as long as batches are taken
+    in order.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit, self.held = limit, 0
+        self.batches: list[Any] = []  # not handed out, in order; `left` is how many rows of one are unfinished
         self._rows: OrderedDict[int, _Row] = OrderedDict()  # unfinished
         self._flying: list[int] = []  # a heap; those that have landed are popped late
-        self._outside: list[tuple[int, asyncio.Future[None]]] = []  # heaps of who waits
-        self._inside: list[tuple[int, asyncio.Future[None]]] = []
+        self._outside: _Queue = []  # heaps of who waits
+        self._inside: _Queue = []
 
     def enter(self, row: int) -> None:
         """A row comes; the earlier, the smaller its number."""
@@ -36,7 +42,7 @@ class Memory:
 
     async def begin(self, row: int) -> None:
         """Wait until the row may ask a server. It must not hold a turn or a place yet."""
-        await self._hold(row, _EXPECTED - self._rows[row].held, self._outside, self._first)
+        await self._hold(row, _EXPECTED - self._rows[row].held, self._outside, self._first, self._inside)
 
     @contextmanager
     def flight(self, row: int) -> Iterator[None]:
@@ -73,11 +79,11 @@ class Memory:
         self._wake()
 
     async def _hold(
-        self, row: int, size: int, queue: list[tuple[int, asyncio.Future[None]]], first: Callable[[], int | None]
+        self, row: int, size: int, queue: _Queue, first: Callable[[], int | None], before: _Queue | None = None
     ) -> None:
         if size <= 0:
             return
-        while self.held + size > self.limit and row != first():
+        while (before or self.held + size > self.limit) and row != first():
             ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             heapq.heappush(queue, (row, ready))
             await ready
@@ -85,13 +91,17 @@ class Memory:
         self._rows[row].held += size
         self._wake()
 
+    def _hungry(self) -> bool:
+        """Whether the batch that is handed out next still needs rows; else memory comes free when it is taken."""
+        return bool(self.batches and self.batches[0].left)
+
     def _first(self) -> int | None:
-        return next(iter(self._rows), None)
+        return next(iter(self._rows), None) if self._hungry() else None
 
     def _first_flying(self) -> int | None:
         while self._flying and not ((state := self._rows.get(self._flying[0])) and state.flying):
             heapq.heappop(self._flying)
-        return self._flying[0] if self._flying else None
+        return self._flying[0] if self._flying and self._hungry() else None
 
     def _wake(self) -> None:
         """Let the first of each queue look again."""

@@ -10,6 +10,7 @@ from typing import Any
 from ..transforms import urls
 from . import dedup
 from .ingest import input_tables, read_dataset
+from .journal import newest
 from .recipe import Recipe, RecipeError, Steps, only_parts
 from .stage import Stage, Step, fingerprint
 from .store import FORMAT, Store
@@ -25,7 +26,8 @@ class Plan:
     """A recipe resolved against its store.
 
     `inputs` has the footers of the input tables by part, `done` those of the parts that are done, per step. A table
-    that was made from a parent that is no longer there is not done.
+    that was made from a parent that is no longer there is not done. `compaction` is the number of the store's newest
+    when the plan was begun, None where that was not done.
     """
 
     recipe: Recipe
@@ -35,6 +37,7 @@ class Plan:
     parts: tuple[int, ...]
     inputs: Mapping[int, Footer]
     done: Mapping[str, Mapping[int, Footer]]
+    compaction: int | None = 0
 
     @property
     def rows(self) -> int:
@@ -82,6 +85,7 @@ def make_plan(recipe: Recipe, until: str | None = None, write: bool = False) -> 
     """
     store = Store(recipe.store, recipe.storage_options)
     store.check(write)
+    number, journal = newest(store)
     dataset = read_dataset(store)
     steps = chain(recipe, store)
     if until is not None:
@@ -107,7 +111,8 @@ def make_plan(recipe: Recipe, until: str | None = None, write: bool = False) -> 
             if dedup.of((step,)) is not None:
                 parent = dedup.fitting(parent, _to_compare(steps[0], chosen, done["download"]))
             done[step.name] = parent
-    return Plan(recipe, store, dataset, steps, chosen, inputs, done)
+    compaction = number if journal["state"] == "done" else None
+    return Plan(recipe, store, dataset, steps, chosen, inputs, done, compaction)
 
 
 def _to_compare(download: Step, chosen: tuple[int, ...], there: Mapping[int, Footer]) -> list[int]:

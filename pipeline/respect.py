@@ -12,9 +12,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from ..transforms.options import operational
@@ -43,8 +43,8 @@ class RespectRule:
     keep_h: float = operational(24.0)  # how long the store's copies of such files hold
     blocked_domains: tuple[str, ...] = ()
     blocked_domains_file: str | None = operational(None)
-    blocked_sha256: str = field(init=False, default="")
-    blocked: frozenset[str] = field(init=False, default=frozenset(), metadata={"operational": True}, repr=False)
+    blocked_domains_sha256: str = ""  # of that file; where it is given, the file must have it
+    blocked: ClassVar[frozenset[str]] = frozenset()  # all of them; no option, so no field
 
     def __post_init__(self) -> None:
         listed: list[str] = []
@@ -56,7 +56,10 @@ class RespectRule:
                     f"blocked_domains_file: {self.blocked_domains_file}: cannot be read: {error}"
                 ) from None
             listed = [name for line in text.splitlines() if (name := line.partition("#")[0].strip())]
-            object.__setattr__(self, "blocked_sha256", hashlib.sha256(text.encode()).hexdigest())
+            digest = hashlib.sha256(text.encode()).hexdigest()
+            if self.blocked_domains_sha256 not in ("", digest):
+                raise ValueError(f"blocked_domains_sha256: {self.blocked_domains_file} has {digest}")
+            object.__setattr__(self, "blocked_domains_sha256", digest)
         for key, names in (("blocked_domains", self.blocked_domains), ("blocked_domains_file", listed)):
             if (wrong := next((name for name in names if _domain(name) is None), None)) is not None:
                 raise ValueError(f"{key}: {wrong!r} is not a domain like example.org")

@@ -4,8 +4,9 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from threading import Lock
 from typing import Any
 
 from rich.console import Console
@@ -14,12 +15,14 @@ from ..transforms.options import identity
 from . import dedup
 from .compact import finish
 from .engines import Engine, Event, Listener
+from .hosts import network_hint
 from .ingest import ingest
+from .journal import beating, compacting, newest
 from .plan import Plan, chain, make_plan, provenance
 from .progress import Display, Tally
 from .recipe import Recipe
 from .stage import part_name
-from .store import Store, to_json
+from .store import Store, StoreError, to_json
 from .takedown import obeyed
 from .work import Job
 
@@ -45,6 +48,7 @@ def run(recipe: Recipe, until: str | None = None) -> tuple[Plan, bool]:
         _work(plan)
         plan = make_plan(recipe, until)
     if plan.steps[-1].name == "pack":
+        _undisturbed(plan)
         write_index(plan)
     for count in (tally := Tally.of(plan)).counts:
         check_limit(recipe, tally, count, at_end=True)
@@ -68,15 +72,23 @@ def _ingest(recipe: Recipe, until: str | None) -> Plan:
             console.print(f"ingest: {read:,} rows read", end="\r" if console.is_terminal else "\n", highlight=False)
 
     d = recipe.dataset
-    before = store.exists("dataset.json")
+    first = not store.exists("dataset.json")
     dataset = ingest(
         store, d.name, d.source, d.url_column, d.caption_column, d.rows_per_part, recipe.storage_options, report
     )
-    if read or not before:
+    if read or first:
         last_one = dataset["ingests"][-1]
         counts = ", ".join(f"{last_one.get(name, 0):,} {name}" for name in _INGEST)
         console.print(f"ingest: {last_one['rows']:,} rows ({counts}) in {last_one['parts']} parts", highlight=False)
     return make_plan(recipe, until)
+
+
+def _undisturbed(plan: Plan) -> None:
+    """Raise StoreError where a compaction goes on, or did since the plan was begun, which then no longer fits."""
+    if busy := compacting(plan.store):
+        raise StoreError(f"store {plan.store.url}: {busy}; run again when it has ended")
+    if newest(plan.store)[0] != plan.compaction:
+        raise StoreError(f"store {plan.store.url}: a compaction went on meanwhile; run again")
 
 
 def _work(plan: Plan) -> None:
@@ -87,6 +99,7 @@ def _work(plan: Plan) -> None:
     _sweep(plan)
     tally = Tally([step.name for step in plan.steps], sum(plan.inputs[part]["rows"] for part in todo))
     with Display(tally) as display, Record(plan, tally) as record:
+        _undisturbed(plan)  # now that the record holds off any that would begin
 
         def listen(event: Event) -> None:
             tally.take(event)
@@ -113,7 +126,9 @@ def _carry_all(plan: Plan, listen: Listener, say: Callable[[str], None]) -> None
             listen(event)
 
     if at is not None and plan.missing(plan.steps[at]):
-        carry(engine)(replace(job, steps=job.steps[:at]), plan.todo(), engine, listen_once)
+        missing = {part for step in plan.steps[:at] for part in plan.missing(step)}
+        if first := [part for part in plan.todo() if part in missing]:
+            carry(engine)(replace(job, steps=job.steps[:at]), first, engine, listen_once)
         until = plan.steps[-1].name
         if not _compare(make_plan(plan.recipe, until), listen_once, say):
             return
@@ -170,9 +185,14 @@ def _sweep(plan: Plan) -> None:
 
 
 def check_limit(recipe: Recipe, tally: Tally, step: str, at_end: bool) -> None:
-    """Raise OverLimitError where more rows of a step failed than the recipe allows; few rows are judged at the end."""
+    """Raise OverLimitError where more rows of a step failed than the recipe allows; few rows are judged at the end.
+
+    Says so where downloads look as if the network, and not the web, were broken.
+    """
     limits, count = recipe.limits, tally.counts[step]
     limit = limits.download_failed_fraction if step == "download" else limits.failed_fraction
+    if at_end and step == "download" and (hint := network_hint(count.rows, count.failed)):
+        print(f"vesl: {hint}", file=sys.stderr)
     if count.failed_fraction <= limit or (count.rows < _JUDGED_FROM and not at_end):
         return
     reasons = ", ".join(f"{name} {n}" for name, n in count.failed.most_common(3))
@@ -228,12 +248,16 @@ class Record:
         }
         self._events: list[dict[str, Any]] = []
         self._chunks, self._last = 0, 0.0
+        self._document: dict[str, Any] = {}
+        self._writing, self._beats = Lock(), beating(self._beat)
 
     def __enter__(self) -> "Record":
         self._write("running")
+        self._beats.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: object) -> None:
+        self._beats.__exit__(None, None, None)
         self._write("done" if kind is None else f"ended: {kind.__name__}")
         self._flush()
 
@@ -251,14 +275,20 @@ class Record:
 
     def _write(self, state: str) -> None:
         self._last = time.monotonic()
-        document: Mapping[str, Any] = {
-            **self._head,
-            "state": state,
-            "updated": time.time(),
-            "progress": self._tally.snapshot(),
-            "seconds_left": round(self._tally.seconds_left()),
-        }
-        self._store.write_json(f"{self._name}/run.json", document)
+        with self._writing:
+            self._document = {
+                **self._head,
+                "state": state,
+                "updated": time.time(),
+                "progress": self._tally.snapshot(),
+                "seconds_left": round(self._tally.seconds_left()),
+            }
+            self._store.write_json(f"{self._name}/run.json", self._document)
+
+    def _beat(self) -> None:
+        """Say that this run is alive, also where nothing happens for long."""
+        with self._writing:
+            self._store.write_json(f"{self._name}/run.json", self._document | {"updated": time.time()})
 
     def _flush(self) -> None:
         if self._events:

@@ -13,8 +13,10 @@ from rich.markup import escape
 
 from ..transforms.captions import visible
 from ..transforms.records import ADDS
+from ..transforms.takedown import Takedown
 from .ingest import input_tables
 from .plan import Plan
+from .takedown import obeyed
 
 _COLOURS = (
     "#e6194b",
@@ -30,26 +32,35 @@ _COLOURS = (
 )
 _SIDE_PX = 480  # of a picture on the sheet
 _FEW = 12  # samples where no key is named
+_HASHES = ("sha256", "source_sha256")
 
 
 def find(plan: Plan, keys: Sequence[str]) -> list[dict[str, Any]]:
     """The histories of the samples whose keys begin with one of `keys`; of a few with regions where there are none.
 
     A history holds the columns of every step that the sample went through, and `steps`: name -> (outcome, reason,
-    detail, fingerprint).
+    detail, fingerprint). Of one that takedown lists name, there is its key and part, and nothing else.
     """
-    tables = input_tables(plan.dataset) if plan.dataset else []
+    tables, takedown = input_tables(plan.dataset) if plan.dataset else [], obeyed(plan.store)
     found: list[dict[str, Any]] = []
     for part in plan.parts:
         rows = plan.store.read_table(tables[part])
         if keys:
             wanted = [pc.starts_with(rows["key"], key) for key in keys]
             rows = rows.filter(functools.reduce(pc.or_, wanted))
-        histories = _histories(plan, part, rows.to_pylist())
+        histories = [_told(history, takedown) for history in _histories(plan, part, rows.to_pylist())]
         found += histories if keys else [history for history in histories if kept_regions(history)]
         if not keys and len(found) >= _FEW:
             break
     return found if keys else sorted(found, key=lambda h: -len(kept_regions(h)))[:_FEW]
+
+
+def _told(history: dict[str, Any], takedown: Takedown) -> dict[str, Any]:
+    """A history, or what may be told of one that takedown lists name."""
+    urls, hashes = ([history.get(name) or "" for name in names] for names in (("url", "final_url"), _HASHES))
+    if takedown and any(takedown.covers(history["key"], url, sha) for url in urls for sha in hashes):
+        return {"key": history["key"], "part": history["part"], "steps": {}, "taken_down": True}
+    return history
 
 
 def _histories(plan: Plan, part: int, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -81,6 +92,8 @@ def print_history(history: dict[str, Any], console: Console) -> None:
         console.print(f"  [dim]{label:10}[/] {escape(visible(text))}", highlight=False, soft_wrap=True)
 
     console.print(f"[bold]{history['key']}[/] part {history['part']}", highlight=False)
+    if history.get("taken_down"):
+        return line("taken down", "a takedown list names it")
     line("url", history["url"])
     line("from", f"{history['source']} row {history['row']}")
     line("alt text", history["alt_text"] or "")

@@ -32,7 +32,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         record = seen.get(step.name, {})
         rate = f"{record['fresh'] / record['seconds']:.1f} rows/s per worker" if record.get("seconds") else ""
         name = f"{step.fingerprint} (adopted)" if step.adopted else step.fingerprint
-        table.add_row(step.name, name, str(len(plan.parts) - missing), str(missing), opens, model, rate)
+        table.add_row(step.name, name, str(len(plan.parts) - missing), str(missing), opens, Text(visible(model)), rate)
     console.print(f"store {plan.store.url}, data set {plan.recipe.dataset.name}", markup=False, highlight=False)
     if plan.dataset is None:
         console.print("nothing is ingested yet: `vesl run` does it first", highlight=False)
@@ -147,4 +147,4 @@ def print_statistics(statistics: "Statistics", console: Console) -> None:
     console.print(f"{images} images, {regions} regions, {per:.1f} regions an image{length}", highlight=False)
     if statistics.phrases:
         top = ", ".join(f"{visible(phrase)} ({n})" for phrase, n in statistics.phrases[:12])
-        console.print("most frequent: ", top, markup=False, highlight=False)
+        console.print("most frequent:", top, markup=False, highlight=False)

@@ -8,6 +8,7 @@ import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import pyarrow.compute as pc
 
 from ..transforms.outcomes import Drop
 from ..transforms.takedown import Takedown
+from .listing import input_files, part_of, results, tables
 from .stage import Function, InTwo, Stage, answer
 from .store import Store, StoreError
 
@@ -25,8 +27,6 @@ if TYPE_CHECKING:
 FOLDER = "takedown"
 _READERS = 16  # tables read at a time
 _VERSION = re.compile(r"(\d{5,})\.txt")
-_PART = re.compile(r"part-(\d{5,})\.parquet")
-_FINGERPRINT = re.compile(r"[0-9a-f]{12}")
 _OF_DOWNLOAD = ("sha256", "source_sha256", "final_url")
 NAMED_BY = ("url", *_OF_DOWNLOAD)  # beside the key
 _parsed: dict[tuple[str, tuple[str, ...]], Takedown] = {}  # the newest, as a version never changes
@@ -36,9 +36,17 @@ class TakedownError(Exception):
     """A list that cannot be used: one line that says which line of it. Exit code 2."""
 
 
-def obeyed(store: Store) -> Takedown:
-    """All lists of the store. Raises StoreError for a stored list that cannot be read: it must not be passed over."""
-    lists = [name for name in store.names(FOLDER) if name.endswith(".txt")]
+def list_names(store: Store) -> tuple[str, ...]:
+    """The names of the lists in the folder `takedown/`."""
+    return tuple(name for name in store.names(FOLDER) if name.endswith(".txt"))
+
+
+def obeyed(store: Store, only: Sequence[str] | None = None) -> Takedown:
+    """All lists of the store, or `only` some of them that are there.
+
+    Raises StoreError for a stored list that cannot be read: it must not be passed over.
+    """
+    lists = [name for name in list_names(store) if only is None or name in only]
     place = (store.url, tuple(lists))
     if place not in _parsed:
         try:
@@ -58,24 +66,26 @@ def named(plan: "Plan", takedown: Takedown) -> pa.Array:
     if not takedown:
         return pa.array([], pa.string())
     inputs, first = plan.job().inputs, plan.steps[0]
-    tables = [(inputs[p], [first.table(p)] if p in plan.done[first.name] else []) for p in plan.parts]
-    return pa.concat_arrays([pa.array([], pa.string()), *named_in(plan.store, tables, takedown)])
+    given = [(inputs[p], [first.table(p)] if p in plan.done[first.name] else []) for p in plan.parts]
+    return pa.concat_arrays([pa.array([], pa.string()), *(keys for keys, _ in _named_in(plan.store, given, takedown))])
 
 
-def named_in(store: Store, tables: Sequence[tuple[str, Sequence[str]]], takedown: Takedown) -> Iterator[pa.Array]:
-    """For each input table, given with the download tables of its part, the keys (string) of the rows named."""
+def _named_in(
+    store: Store, given: Sequence[tuple[str, Sequence[str]]], takedown: Takedown
+) -> Iterator[tuple[pa.Array, int]]:
+    """For each input table, given with its part's download tables, the keys (string) named, and how many rows stay."""
 
-    def of_part(part: tuple[str, Sequence[str]]) -> pa.Array:
+    def of_part(part: tuple[str, Sequence[str]]) -> tuple[pa.Array, int]:
         rows = store.read_table(part[0], ["key", "url"] if takedown.urls or takedown.domains else ["key"])
         found = [rows["key"].filter(match(rows, takedown))]
         for name in part[1] if takedown.sha256 or takedown.urls or takedown.domains else ():
             stored = store.read_table(name, ["key", *_OF_DOWNLOAD])
             found.append(stored["key"].filter(match(stored, takedown)))
         keys = pa.concat_arrays([chunk for column in found for chunk in column.chunks] or [pa.array([], pa.string())])
-        return keys.unique()
+        return keys.unique(), pc.sum(pc.invert(pc.is_in(rows["key"], keys)), min_count=0).as_py()
 
     with ThreadPoolExecutor(_READERS) as pool:
-        yield from pool.map(of_part, tables)
+        yield from pool.map(of_part, given)
 
 
 def match(rows: pa.Table, takedown: Takedown) -> pa.Array:
@@ -128,56 +138,53 @@ def add(store: Store, path: str) -> tuple[str, bool]:
     return _keep(store, text.encode())
 
 
-def who(store: Store) -> dict[int, pa.Array]:
-    """The keys of the whole store's samples that its lists name, by part, of the parts that have any.
+@dataclass(frozen=True)
+class Named:
+    """Whom lists name in a store, and what was seen on the way: the rows of each input table that
+    stay, the listing of results.
+
+    `keys` are of the parts that have any.
+    """
+
+    keys: dict[int, pa.Array]
+    rows: dict[str, int]
+    results: dict[str, list[str]]
+    hidden: str | None  # the name of a list that had to be added
+
+    @property
+    def count(self) -> int:
+        """Samples."""
+        return sum(map(len, self.keys.values()))
+
+
+def who(store: Store, only: Sequence[str] | None = None) -> Named:
+    """The whole store's samples that its lists, or `only` some of them, name. Reads and lists everything once.
 
     Samples that are known only by their stored image, and so not to whoever sees key and URL alone (the trainer, a
     later ingest), are first added to the lists by their keys.
     """
-    lists, inputs = obeyed(store), input_files(store)
-    downloads = [(f, names) for f, names in step_tables(store).items() if f.startswith("download/")]
+    lists, inputs, listing = obeyed(store, only), input_files(store), results(store)
+    downloads = [(folder, tables(names)) for folder, names in listing.items() if folder.startswith("download/")]
     given = []
     for table in inputs:
-        same = [f"{folder}/{table.rpartition('/')[2]}" for folder, _ in downloads]
-        given.append((table, [name for name, (_, names) in zip(same, downloads, strict=True) if name in names]))
+        part = part_of(table)
+        given.append((table, [f"{folder}/{there[part]}" for folder, there in downloads if part in there]))
     found: dict[int, pa.Array] = {}
+    rows: dict[str, int] = {}
     hidden: list[str] = []
     plain = dataclasses.replace(lists, sha256=frozenset())
-    for table, keys in zip(inputs, named_in(store, given, lists), strict=True):
+    for table, (keys, rows[table]) in zip(inputs, _named_in(store, given, lists), strict=True):
         if len(keys):
             part = part_of(table)
+            assert part is not None
             found[part] = pa.concat_arrays([found.get(part, keys.slice(0, 0)), keys]).unique()
-            rows = store.read_table(table, ["key", "url"])
-            hidden += pc.filter(keys, pc.invert(pc.is_in(keys, rows["key"].filter(match(rows, plain))))).to_pylist()
+            known = store.read_table(table, ["key", "url"])
+            hidden += pc.filter(keys, pc.invert(pc.is_in(keys, known["key"].filter(match(known, plain))))).to_pylist()
+    more = None
     if hidden:
-        _keep(store, "\n".join(["# known by their stored images only", *sorted(set(hidden)), ""]).encode())
-    return found
-
-
-def step_tables(store: Store) -> dict[str, set[str]]:
-    """The tables of every result in the store: `<step>/<fingerprint>` -> names with that folder."""
-    folders = [
-        f"{step}/{fingerprint}"
-        for step in store.names("")
-        if step not in ("input", "runs", FOLDER) and "." not in step
-        for fingerprint in store.names(step)
-        if _FINGERPRINT.fullmatch(fingerprint)
-    ]
-    found = {f: {f"{f}/{name}" for name in store.names(f, "part-") if _PART.fullmatch(name)} for f in folders}
-    return {folder: names for folder, names in found.items() if names or store.exists(f"{folder}/step.json")}
-
-
-def part_of(table: str) -> int:
-    """The number of the part that a table belongs to."""
-    found = _PART.fullmatch(table.rpartition("/")[2])
-    assert found is not None
-    return int(found[1])
-
-
-def input_files(store: Store) -> list[str]:
-    """Every input table, also of an ingest that was killed before it was entered in `dataset.json`."""
-    folders = [f"input/{name}" for name in store.names("input") if "." not in name]
-    return [f"{folder}/{name}" for folder in folders for name in store.names(folder, "part-") if _PART.fullmatch(name)]
+        text = "\n".join(["# known by their stored images only", *sorted(set(hidden)), ""])
+        more = _keep(store, text.encode())[0].rpartition("/")[2]
+    return Named(found, rows, listing, more)
 
 
 def _keep(store: Store, data: bytes) -> tuple[str, bool]:

@@ -114,6 +114,7 @@ class Attempt:
     alone: bool = False
     on_rows: Callable[[int], None] = lambda rows: None
     on_key: Callable[[str | None], None] = lambda key: None
+    on_read: Callable[[], None] = lambda: None  # the last rows are read and on their way to the model
 
 
 def run_part(
@@ -148,7 +149,8 @@ def run_part(
         size = 1 if attempt.alone else job.batch[step.name]
         # A row that is tried alone is also prepared alone, so that the right one is blamed where preparing kills.
         early = function if isinstance(function, InTwo) and not attempt.alone else None
-        for batch, prepared in _ahead(store, given, stage, (saver.done, size), early, job.threads.get(step.name, 1)):
+        threads = job.threads.get(step.name, 1)
+        for batch, prepared in _ahead(store, given, stage, (saver.done, size), early, threads, attempt.on_read):
             assert function is not None
             result = _attempt(function, batch, stage, attempt, prepared)
             saver.add(sink.add(result) if sink else result)
@@ -184,11 +186,18 @@ def _attempt(
 
 
 def _ahead(
-    store: Store, given: Incoming, stage: Stage, span: tuple[int, int], early: InTwo | None, threads: int
+    store: Store,
+    given: Incoming,
+    stage: Stage,
+    span: tuple[int, int],
+    early: InTwo | None,
+    threads: int,
+    on_read: Callable[[], None],
 ) -> Iterator[tuple[pa.Table, Future[Any] | None]]:
     """The batches from row `start` on, of `size` rows, with their images, while the batch before is at work.
 
-    One thread reads; `threads` more prepare what was read, for a function `early` that works in two moments.
+    One thread reads; `threads` more prepare what was read, for a function `early` that works in two moments; once these
+    have the last batch, `on_read` is called.
     """
     start, size = span
 
@@ -215,6 +224,8 @@ def _ahead(
                 if len(pending) > ahead:
                     batch, prepared = pending.popleft()
                     yield batch.result(), prepared
+            if early:
+                on_read()
             for batch, prepared in pending:
                 yield batch.result(), prepared
         finally:

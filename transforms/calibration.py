@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .boxes import clip, from_pixels, iou, valid
+from .found import normalise
 from .urls import KEY_DIGITS, keys
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -42,11 +43,6 @@ class LabelledImage:
     sha256: str | None
     truths: dict[str, list[tuple[float, ...]]] = field(default_factory=dict)
     unsure: set[str] = field(default_factory=set)
-
-
-def normalise(phrase: str) -> str:
-    """What decides whether two phrases are the same: lower case, single spaces."""
-    return " ".join(phrase.lower().split())
 
 
 def parse_labels(document: Any) -> list[LabelledImage]:

@@ -14,8 +14,8 @@ from typing import Any
 import pyarrow as pa
 import yaml
 
-from .calibration import normalise
 from .captions import visible
+from .found import normalise
 from .records import BOX, CAPTION, Region, Sample
 
 # The columns of the released GRIT (Peng et al. 2023, KOSMOS-2, section 2; zzliang/GRIT); COYO's own stay null.
@@ -118,6 +118,14 @@ def coco_regions(
             "span": list(region.span),
         }
         for number, region in enumerate(sample.regions, first)
+    ]
+
+
+def coco_captions(image: int, sample: Sample, first: int) -> list[dict[str, Any]]:
+    """An image's captions as annotations, numbered from `first`."""
+    return [
+        {"id": number, "image_id": image, "caption": caption.text, "model": caption.model}
+        for number, caption in enumerate(sample.captions, first)
     ]
 
 

@@ -5,7 +5,7 @@ It is also what a rule of a user's own gets, so its fields and properties are fo
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -109,9 +109,18 @@ class Found:
 
 
 def normalised(texts: pa.StringArray) -> pa.StringArray:
-    """In lower case, with single spaces between words and none around; null as the empty text."""
+    """What decides whether two phrases are the same: lower case, single spaces between words, none around.
+
+    Null is as the empty text. Rules, calibration, exports and the report all mean this when they speak of a phrase.
+    """
     lower = pc.utf8_trim_whitespace(pc.utf8_lower(pc.fill_null(texts, "")))
     return pc.binary_join(pc.utf8_split_whitespace(lower), " ")
+
+
+@lru_cache(1 << 16)
+def normalise(phrase: str) -> str:
+    """The same for one phrase."""
+    return str(normalised(pa.array([phrase], pa.string()))[0].as_py())
 
 
 def head_nouns(normal: pa.StringArray) -> pa.StringArray:

@@ -98,10 +98,13 @@ class Generate:
         see = getattr(self.model.base_model, "get_image_features", None)
         if see is not None and len(options.prompts) > 1:
             self.model.base_model.get_image_features = self._once(see)
-        if options.compile:
-            self.writer.compile(dynamic=True)
+        if options.compile:  # not the whole model: its images break the graph into many, until torch.compile gives it up
+            torch._dynamo.config.recompile_limit = 64  # first and later tokens, one row and many, and how these lie
+            text = self.writer.get_decoder()
+            getattr(text, "decoder", text).compile(dynamic=True)  # Florence-2 calls the halves of its BART by themselves
         with complaining(options, "its processor or chat template does not work"):
             trials = [self.row(Image.new("RGB", (96, 64), "grey"), p.format(alt_text="")) for p in options.prompts]
+        self.processor.chat_template = None
         for name, value in trials[0].items():
             if name not in _TEXT and value.shape[:2] == trials[0]["input_ids"].shape:
                 raise ModelError(f"model {options.model}: not supported: its input {name} goes along with the text")
@@ -123,7 +126,7 @@ class Generate:
 
     def generate(self, rows: Sequence[Row], luck: LogitsProcessorList) -> list[list[int]]:
         """Run the model; returns each row's new tokens."""
-        inputs = self.fitting(moved(collate(rows, self.pad, self.side), self.device))
+        inputs = self.inputs(rows)
         tokens = self.model.generate(**inputs, logits_processor=luck)
         return tokens[:, inputs["input_ids"].shape[1] :].tolist()  # type: ignore[no-any-return]
 
@@ -180,9 +183,10 @@ class Generate:
 
         return seen
 
-    def fitting(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The same inputs in the model's precision."""
-        return {k: v.to(self.model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    def inputs(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+        """Rows put together, on the device (each comes there from pinned memory by itself), in the model's precision."""
+        batch = collate([moved(row.inputs, self.device) for row in rows], self.pad, self.side)
+        return {k: v.to(self.model.dtype) if v.is_floating_point() else v for k, v in batch.items()}
 
 
 class Chat(Generate):
@@ -229,12 +233,12 @@ class Draw(LogitsProcessor):
         return torch.full_like(scores, -math.inf).scatter(-1, chosen, 0.0)
 
 
-def collate(rows: Sequence[Row], pad: int, side: str) -> dict[str, torch.Tensor]:
+def collate(rows: Sequence[dict[str, torch.Tensor]], pad: int, side: str) -> dict[str, torch.Tensor]:
     """Put rows together: texts filled up to the longest on one side, what is of the images with zeros at the end."""
-    longest = max(row.inputs["input_ids"].shape[1] for row in rows) if "input_ids" in rows[0].inputs else 0
+    longest = max(row["input_ids"].shape[1] for row in rows)
     batch = {}
-    for name, first in rows[0].inputs.items():
-        values = [row.inputs[name] for row in rows]
+    for name, first in rows[0].items():
+        values = [row[name] for row in rows]
         if name in _TEXT:
             fill = pad if name == "input_ids" else 0
             gaps = [longest - value.shape[1] for value in values]
@@ -279,6 +283,9 @@ def load_processor(options: Captioning, folder: Path) -> Any:
             processor = _still_processor(folder)
     if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
         raise ModelError(f"model {options.model}: transformers has no processor of images and text for it")
+    with complaining(options, "its image processor cannot be loaded"):
+        # With torchvision installed, the default would scale images by it, to other pixels than without.
+        processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **_LOCAL)
     return processor
 
 

@@ -9,9 +9,8 @@ from PIL import Image
 from transformers import LogitsProcessorList
 
 from ..contract import Captioner, ModelError
-from ..device import moved
 from ..options import Captioning
-from .generate import Generate, Row, collate
+from .generate import Generate, Row
 
 TASKS = (
     "<CAPTION>",
@@ -71,7 +70,7 @@ class Blip(Generate):
         found: list[list[int]] = [[] for _ in rows]
         for length in sorted(set(lengths)):
             own = [k for k, each in enumerate(lengths) if each == length]
-            inputs = self.fitting(moved(collate([rows[k] for k in own], self.pad, self.side), self.device))
+            inputs = self.inputs([rows[k] for k in own])
             some = LogitsProcessorList([draw.of(own) for draw in luck])
             for k, tokens in zip(own, self.model.generate(**inputs, logits_processor=some).tolist(), strict=True):
                 found[k] = tokens[1:]  # without the mark of the beginning
@@ -91,5 +90,4 @@ class Florence(Generate):
 
     def generate(self, rows: Sequence[Row], luck: LogitsProcessorList) -> list[list[int]]:
         """Run the model; the first token is left out: it starts the decoder and is the same that ends a text."""
-        inputs = self.fitting(moved(collate(rows, self.pad, self.side), self.device))
-        return self.model.generate(**inputs, logits_processor=luck)[:, 1:].tolist()  # type: ignore[no-any-return]
+        return self.model.generate(**self.inputs(rows), logits_processor=luck)[:, 1:].tolist()  # type: ignore[no-any-return]

@@ -23,6 +23,7 @@ from ...transforms.boxes import clip, valid
 from ...transforms.outcomes import Drop
 from ...transforms.records import Sample
 from ...transforms.shards import decode
+from ...transforms.takedown import Takedown
 from . import metrics
 from .options import Evaluation
 
@@ -44,6 +45,7 @@ SKIPPED = {
     "bad_path": "an image's path that is no relative path, or leaves the folder",
     "bad_sample": "a shard's sample that is not one, or lacks its image or its labels",
     "broken_shard": "a shard that cannot be read to its end",
+    "taken_down": "a takedown list of the shards' store names it",
     "unlabelled": "an image about which nothing is asked",
     # images, of those taken
     "missing_image": "no such file",
@@ -383,7 +385,10 @@ class _Member(NamedTuple):
 
 
 def _shards(name: str, spec: Evaluation, options: Mapping[str, Any]) -> Source:
-    """`*.tar` of a folder in order of their names, or one tar. Read twice: all labels, then the images taken."""
+    """`*.tar` of a folder in order of their names, or one tar. Read twice: all labels, then the images taken.
+
+    Takedown lists of the store that they lie in are obeyed.
+    """
     assert spec.shards
     folder = _Folder(name, spec.shards, options)
     try:
@@ -399,15 +404,33 @@ def _shards(name: str, spec: Evaluation, options: Mapping[str, Any]) -> Source:
         raise SetError(f"{name}: there are no shards (*.tar) in {spec.shards}: correct the path, or pack first")
     skipped: Counter[str] = Counter()
     samples: dict[str, tuple[_Member, _Member]] = {}
+    fault = partial(_fault, kind=spec.kind, takedown=_takedown(name, folder))
     for tar in tars:
-        _walk(folder, tar, spec.kind, samples, skipped)
+        _walk(folder, tar, fault, samples, skipped)
     places = list(samples.values())
     chosen = [partial(_load_sample, folder, spec.kind, *places[i]) for i in metrics.evenly(len(places), spec.limit)]
     return Source(chosen, (), skipped)
 
 
+def _takedown(name: str, folder: _Folder) -> Takedown:
+    """The lists in `takedown/` beside the step's folder, for shards in `<store>/<step>/<fingerprint>`."""
+    store = folder.root.rpartition("/")[0].rpartition("/")[0]
+    try:
+        listed = folder.fs.ls(f"{store}/takedown", detail=False) if store else []
+        paths = sorted(path for path in listed if path.endswith(".txt"))
+        return Takedown.parse((path, folder.fs.cat_file(path).decode()) for path in paths)
+    except FileNotFoundError:
+        return Takedown()
+    except (OSError, ValueError) as error:
+        raise SetError(f"{name}: the takedown lists of {store} cannot be read: {_line(error)}") from None
+
+
 def _walk(
-    folder: _Folder, tar: str, kind: str, samples: dict[str, tuple[_Member, _Member]], skipped: Counter[str]
+    folder: _Folder,
+    tar: str,
+    fault_of: Callable[[bytes], str],
+    samples: dict[str, tuple[_Member, _Member]],
+    skipped: Counter[str],
 ) -> None:
     """Add the image's and the label's place of a shard's usable samples, by key, in the order of the labels."""
     images: dict[str, _Member] = {}
@@ -425,7 +448,7 @@ def _walk(
                     images[key] = member
                 else:
                     data = archive.extractfile(info)
-                    labels[key] = member, _fault(data.read() if data and info.size <= MAX_BYTES else b"", kind)
+                    labels[key] = member, fault_of(data.read() if data and info.size <= MAX_BYTES else b"")
             file.seek(archive.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes a damaged header for the end
                 skipped["broken_shard"] += 1
@@ -439,9 +462,12 @@ def _walk(
             samples[key] = images[key], member
 
 
-def _fault(data: bytes, kind: str) -> str:
+def _fault(data: bytes, kind: str, takedown: Takedown) -> str:
     try:
-        return "" if _asked(decode(data), kind).texts else "unlabelled"
+        sample = decode(data)
+        if takedown and takedown.covers(sample.key, sample.url, sample.sha256):
+            return "taken_down"
+        return "" if _asked(sample, kind).texts else "unlabelled"
     except (ValueError, ArithmeticError):
         return "bad_sample"
 

@@ -17,6 +17,7 @@ text is put together from token ids, so it is known which token is of which phra
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from ...transforms.images import decode
 from ..contract import Detections, Grounder, ModelError
 from ..device import Pieces, moved, pinned, place, quiet
 from ..options import Grounding
-from .mixed import Mixed
+from .mixed import MismatchError, Mixed
 
 PADDED = 1.25  # pixels of a forward with its padding, to those without, at most: images of other shapes go into another
 
@@ -254,7 +255,14 @@ def open_grounder(options: Grounding, folder: Path) -> Grounder:
             f"architecture has {marks}: phrases would run into one another"
         )
     look = _look(options, processor, _Fit(model.config))
-    return DinoGrounder(Mixed(model.to(device).eval(), device, dtype), asker, look, options, device)
+    try:
+        network = Mixed(model.eval(), device, dtype)
+    except MismatchError as error:
+        raise ModelError(
+            f"model {options.model}: the Grounding DINO of transformers {version('transformers')} is not the one that is "
+            f"known here ({error}); install another version"
+        ) from None
+    return DinoGrounder(network, asker, look, options, device)
 
 
 def refuse_to_compile(options: Grounding) -> None:

@@ -6,6 +6,9 @@ The library takes a batch with a pixel mask, but there padding changes a result 
 - The encoder's positions in the padding compete to become queries.
 - The positions of queries are read from boxes as shares of the padded image, and not of the image.
 The rest, encoder and decoder, runs once for all rows; there the library's mask does what it should.
+
+All of this leans on names inside of the library. So a model is tried when it is taken over: two small images of other
+shapes together, against each of them alone, as the library has it.
 """
 
 from typing import Any
@@ -13,15 +16,50 @@ from typing import Any
 import torch
 from torch.nn import functional as F  # noqa: N812  (its name everywhere)
 
+_TOLERANCE = 1e-3  # on average, in scores and boxes: which position becomes the last query may hang on the last bit
+
+
+class MismatchError(Exception):
+    """The installed library computes otherwise than what is mended here expects."""
+
 
 class Mixed:
-    """The network of `dino.py`: takes over a GroundingDinoForObjectDetection.
+    """The network of `dino.py`: takes over a GroundingDinoForObjectDetection that is on the CPU, in float32.
 
     Weights stay float32 and a lower precision is autocast's: in bfloat16 throughout, a box's corner would be one of
-    256 steps, and so would the places that deformable attention looks at.
+    256 steps, and so would the places that deformable attention looks at. Raises MismatchError.
     """
 
     def __init__(self, model: Any, device: torch.device, dtype: torch.dtype) -> None:
+        self._model, self._device, self._dtype = model, torch.device("cpu"), torch.float32
+        try:
+            self._mend(model)
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise MismatchError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+        self._model, self._device, self._dtype = model.to(device), device, dtype
+
+    @torch.inference_mode()
+    def _mend(self, model: Any) -> None:
+        """Take the model over, and see that an image of 2:3 beside one of 3:2 has the result that it has alone."""
+        short = 192
+        while sum((short // n) * (short * 3 // 2 // n) for n in (8, 16, 32)) < model.config.num_queries:
+            short += 64
+        noise = torch.Generator().manual_seed(0)
+        sides = short, short * 3 // 2
+        first, second = (torch.randn(1, 3, *shape, generator=noise) for shape in (sides, sides[::-1]))
+        start, end, stop, _ = model.model.special_tokens.tolist()
+        one, other = (model.config.text_config.vocab_size // n for n in (2, 3))  # any words
+        ids = torch.tensor([[start, one, stop, end, 0, 0], [start, other, stop, one, stop, end]])
+        mask = torch.tensor([[True] * 4 + [False] * 2, [True] * 6])
+        alone = model(pixel_values=first, input_ids=ids[:1, :4])
+        self._take_over(model)
+        logits, boxes = self([first, second], torch.arange(2), ids, mask)
+        for mine, theirs in ((logits[0, :, :4].sigmoid(), alone.logits[0, :, :4].sigmoid()), (boxes[0], alone.pred_boxes[0])):
+            off = (mine.sort(0).values - theirs.sort(0).values).abs().mean().item()  # queries come in any order
+            if not off < _TOLERANCE:
+                raise ValueError(f"an image beside another is off by {off:.2g} from what it is alone")
+
+    def _take_over(self, model: Any) -> None:
         inner = model.model
         self._once = inner.backbone = _Once(inner.backbone, inner.input_proj_vision)
         inner.input_proj_vision = torch.nn.ModuleList(torch.nn.Identity() for _ in inner.input_proj_vision)
@@ -30,7 +68,6 @@ class Mixed:
         inner.decoder.register_forward_pre_hook(self._once.whole, with_kwargs=True)
         for layer in inner.decoder.layers:
             layer.encoder_attn.register_forward_pre_hook(self._once.scaled, with_kwargs=True)
-        self._model, self._device, self._dtype = model, device, dtype
 
     def __call__(
         self, pixels: list[torch.Tensor], of: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor

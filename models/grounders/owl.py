@@ -83,6 +83,8 @@ class Sight:
     def of(cls, processor: Any, padded: bool, side: int) -> "Sight":
         """Read an image processor's configuration. Raises ValueError for one that does other things."""
         wanted = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_center_crop": False}
+        if getattr(processor, "crop_size", None) == processor.size:  # as early OWL-ViTs have it: nothing is cut off
+            del wanted["do_center_crop"]
         for name, value in {**wanted, "do_pad": padded}.items():
             if bool(getattr(processor, name, None)) != value:
                 raise ValueError(f"its image processor has {name}: {not value}, which is not supported")

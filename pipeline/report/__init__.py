@@ -78,8 +78,14 @@ class Side:
 
 @dataclass(frozen=True)
 class Difference:
-    """Two recipes' regions, equal where key, box and phrase are. `options`: those that differ, with both values."""
+    """Two recipes' regions, equal where key, box and phrase are. `options`: those that differ, with both values.
 
+    Of one store, only the parts that both have done are compared: `parts` of them, and there are `of`. Of two stores,
+    all is compared, and both are 0.
+    """
+
+    parts: int
+    of: int
     both: int
     only: tuple[int, int]
     images: tuple[int, int]  # with such regions
@@ -162,6 +168,7 @@ def _rates(plan: Plan) -> list[Rate]:
 
 
 def _difference(db: duckdb.DuckDBPyConnection, first: Side, second: Side, budget: int) -> Difference:
+    parts, of = _only_common(db, first.plan, second.plan)
     [(both,)] = db.execute("SELECT count(*) FROM first SEMI JOIN second USING (h)").fetchall()
     counts, images, groups = [], [], []
     for mine, theirs, side in (("first", "second", first), ("second", "first", second)):
@@ -173,7 +180,18 @@ def _difference(db: duckdb.DuckDBPyConnection, first: Side, second: Side, budget
         groups += only(side.plan, [Place(*place) for place in places], f"only {side.name}", budget)[0]
     a, b = (_flat(described(side.plan.recipe)["steps"]) for side in (first, second))
     options = [(k, str(a.get(k, "")), str(b.get(k, ""))) for k in sorted(a | b) if a.get(k) != b.get(k)]
-    return Difference(both, (counts[0], counts[1]), (images[0], images[1]), groups, options)
+    return Difference(parts, of, both, (counts[0], counts[1]), (images[0], images[1]), groups, options)
+
+
+def _only_common(db: duckdb.DuckDBPyConnection, first: Plan, second: Plan) -> tuple[int, int]:
+    """Leave the regions of the parts that both have done; see `Difference`."""
+    if first.store.path("") != second.store.path(""):
+        return 0, 0
+    mine, theirs = (plan.done["select"].keys() & set(plan.parts) for plan in (first, second))
+    db.register("common", pa.table({"part": pa.array(sorted(mine & theirs), pa.int32())}))
+    for name in ("first", "second"):
+        db.execute(f"DELETE FROM {name} WHERE part NOT IN (SELECT part FROM common)")
+    return len(mine & theirs), len(mine | theirs)
 
 
 def _flat(options: Any, name: str = "") -> dict[str, Any]:

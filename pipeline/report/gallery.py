@@ -4,7 +4,8 @@ import base64
 import io
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ BYTES = 9_000_000  # of all thumbnails together; base64 makes a third more of th
 _SIDE_PX, _QUALITY = 384, 76
 _DECILE, _EDGE, _JUDGED, _DROPPED, _ONLY = 6, 8, 5, 6, 18  # cards for each decile, best and worst, verdict, ...
 _BOXES = 40  # on one picture
+_CHARACTERS, _CAPTIONS = 1000, 20  # of a text, and captions of an image: what is longer is not on the page
+_READERS = 8  # parts read at a time, and pictures
 COLOURS = 8  # of the page's palette, for phrases
 
 
@@ -104,26 +107,30 @@ class Album:
     left: int
     omitted: int = 0
     unreadable: int = 0
-    _thumbnails: dict[str, Markup | None] = field(default_factory=dict)
 
     def groups(self, wishes: Iterable[_Wish]) -> list[Group]:
         """The cards, in the order of the wishes; a part is read once."""
         wanted = list(wishes)
         rows: dict[str, dict[str, Any]] = {}
-        for part in sorted({wish.part for wish in wanted}):
-            rows |= _rows(self.plan, part, {wish.key for wish in wanted if wish.part == part})
-        self._thumbnails |= {key: self._thumbnail(row) for key, row in rows.items()}
-        found: dict[tuple[str, str], list[Card]] = {}
+        keys: dict[int, set[str]] = {}
         for wish in wanted:
-            row, jpeg = rows.get(wish.key), self._thumbnails.get(wish.key)
+            keys.setdefault(wish.part, set()).add(wish.key)
+        with ThreadPoolExecutor(_READERS) as pool:
+            for found in pool.map(lambda part: _rows(self.plan, part, keys[part]), sorted(keys)):
+                rows |= found
+            thumbnails = dict(zip(rows, pool.map(self._thumbnail, rows.values()), strict=True))
+        self.unreadable += sum(thumbnails[key] is None and row.get("size") is not None for key, row in rows.items())
+        cards: dict[tuple[str, str], list[Card]] = {}
+        for wish in wanted:
+            row, jpeg = rows.get(wish.key), thumbnails.get(wish.key)
             if row is None or jpeg is None:
                 continue
             if len(jpeg) > self.left:
                 self.omitted += 1
                 continue
             self.left -= len(jpeg)
-            found.setdefault((wish.heading, wish.group), []).append(_card(wish, row, jpeg))
-        return [Group(name, heading, cards) for (heading, name), cards in found.items()]
+            cards.setdefault((wish.heading, wish.group), []).append(_card(wish, row, jpeg))
+        return [Group(name, heading, members) for (heading, name), members in cards.items()]
 
     def _thumbnail(self, row: Mapping[str, Any]) -> Markup | None:
         if row.get("size") is None:
@@ -133,7 +140,6 @@ class Album:
             (data,) = self.plan.store.read_ranges(row["tar"], [place])
             image = decode(data)
         except (OSError, ValueError, Drop):  # the tar is gone or damaged: a report without a picture is still one
-            self.unreadable += 1
             return None
         image.thumbnail((_SIDE_PX, _SIDE_PX), Image.Resampling.LANCZOS, reducing_gap=2.0)
         file = io.BytesIO()
@@ -179,7 +185,7 @@ def _card(wish: _Wish, row: Mapping[str, Any], jpeg: Markup) -> Card:
             if box is None or not np.isfinite(box).all() or score is None or not np.isfinite(score):
                 continue
             at = detection["phrase"]
-            phrase = phrases[at]["text"] if at is not None and 0 <= at < len(phrases) else ""
+            phrase = _cut(phrases[at]["text"]) if at is not None and 0 <= at < len(phrases) else ""
             boxes.append(Drawn(tuple(min(max(x, 0.0), 1.0) for x in box), phrase, score, verdict, 0, i in wish.chosen))
     boxes.sort(key=lambda box: (not box.chosen, -box.score))
     colours = {phrase: i % COLOURS for i, phrase in enumerate(dict.fromkeys(box.phrase for box in boxes))}
@@ -188,15 +194,19 @@ def _card(wish: _Wish, row: Mapping[str, Any], jpeg: Markup) -> Card:
         title=wish.title,
         note=wish.note,
         key=row["key"],
-        url=row["url"] or "",
-        alt_text=row["alt_text"] or "",
-        captions=tuple(caption["text"] for caption in row.get("captions") or []),
+        url=_cut(row["url"]),
+        alt_text=_cut(row["alt_text"]),
+        captions=tuple(_cut(caption["text"]) for caption in (row.get("captions") or [])[:_CAPTIONS]),
         width=row["width"],
         height=row["height"],
         jpeg=jpeg,
         boxes=tuple(replace(box, colour=colours[box.phrase]) for box in boxes[:_BOXES]),
         hidden=max(0, len(boxes) - _BOXES),
     )
+
+
+def _cut(text: str | None) -> str:
+    return text if text and len(text) <= _CHARACTERS else f"{text[:_CHARACTERS]}…" if text else ""
 
 
 def album(plan: Plan, statistics: Statistics, taken: pa.Array, budget: int) -> tuple[list[Group], Album]:
@@ -248,7 +258,10 @@ def _wish(name: str, heading: str, *places: Place, note: str = "") -> _Wish:
 
 def _distinct(places: Iterable[Place], count: int) -> list[Place]:
     """The first few of different images."""
-    return list({place.key: place for place in reversed(list(places))}.values())[::-1][:count]
+    first: dict[str, Place] = {}
+    for place in places:
+        first.setdefault(place.key, place)
+    return list(first.values())[:count]
 
 
 def _dropped(plan: Plan, taken: pa.Array) -> Iterator[_Wish]:

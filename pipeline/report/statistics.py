@@ -15,8 +15,9 @@ import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from ...transforms.found import head_nouns
+from ...transforms.found import head_nouns, normalised, offsets
 from ..ingest import connect
 from ..plan import Plan
 
@@ -26,7 +27,9 @@ AREA_BINS = 20  # four for each power of ten, from 1e-5 to the whole image
 REGIONS = (1, 2, 4, 8)  # M: regions sampled of each image
 BATCHES = (1024, 8192, 32_768, 131_072)  # N: images in the global batch; the paper's is 32,768 with M = 4
 _ROWS = 16_384  # of images joined at a time, in whole parts
+_FOLD_ROWS = 1_000_000  # of phrases, counted for each chunk, before those of all chunks are added up
 _SAMPLE = 1000  # regions from which the gallery draws
+_EDGE = 24  # best, worst and rejected of each verdict among which it chooses
 _TOP = 40
 
 
@@ -61,7 +64,7 @@ class Statistics:
 
     verdicts: detections by verdict. scores [SCORE_BINS, 2]: kept, others. areas [AREA_BINS]: kept regions by share of
     the image. per_image: images by their number of regions. heat [CELLS, CELLS] (down, across): regions over each
-    cell. Lengths are means, in words. phrases, heads: the most frequent, in lower case.
+    cell. Lengths are means, in words. phrases, heads: the most frequent; phrases are as `normalised` has them.
     """
 
     images: int
@@ -105,6 +108,7 @@ def measure(plan: Plan, taken: pa.Array, db: duckdb.DuckDBPyConnection, regions:
         db.execute(f"DROP TABLE IF EXISTS {name}")
     db.execute(_TABLES)
     db.register("taken", pa.table({"key": taken.cast(pa.string())}))
+    most = _FOLD_ROWS
     if regions:
         db.execute(f"CREATE TABLE {regions} (h UBIGINT, part INT, key VARCHAR, i INT, score FLOAT)")
     for chunk in _chunks(plan):
@@ -114,7 +118,22 @@ def measure(plan: Plan, taken: pa.Array, db: duckdb.DuckDBPyConnection, regions:
             db.execute(statement)
         if regions:
             db.execute(f"INSERT INTO {regions} SELECT hash(key, x0, y0, x1, y1, text), part, key, i, score FROM kept")
+        if _phrases(db) > most:  # as often as it pays: each time what is left is at most half of what comes after
+            _fold(db)
+            most = max(_FOLD_ROWS, 2 * _phrases(db))
+    _fold(db)
     return _collect(db)
+
+
+def _phrases(db: duckdb.DuckDBPyConnection) -> int:
+    [(rows,)] = db.execute("SELECT count(*) FROM phrase").fetchall()
+    return int(rows)
+
+
+def _fold(db: duckdb.DuckDBPyConnection) -> None:
+    """Add up what the chunks left, so that it grows with what is different and not with the chunks."""
+    for name, query in _FOLD.items():
+        db.execute(f"CREATE OR REPLACE TABLE {name} AS {query}")
 
 
 _COLUMNS = {
@@ -141,6 +160,10 @@ def _chunks(plan: Plan) -> Iterator[dict[str, pa.Table]]:
 
     def read(name: str, part: int) -> pa.Table:
         table = plan.store.read_table(steps[name].table(part), _COLUMNS[name])
+        if name in ("phrases", "caption"):
+            lists = table[_COLUMNS[name][1]].combine_chunks()
+            texts = normalised(pc.struct_field(lists.flatten(), "text"))
+            table = table.set_column(1, "texts", pa.ListArray.from_arrays(pa.array(offsets(lists), pa.int32()), texts))
         if name == "select":
             table = table.append_column("part", pa.repeat(pa.scalar(part, pa.int32()), len(table)))
         return table
@@ -156,7 +179,18 @@ CREATE TABLE counts (kind VARCHAR, name VARCHAR, a INT, b INT, n BIGINT);
 CREATE TABLE phrase (text VARCHAR, n BIGINT, w1 DOUBLE, w2 DOUBLE, w4 DOUBLE, w8 DOUBLE);
 CREATE TABLE region (kind VARCHAR, part INT, key VARCHAR, i INT, score FLOAT, h UBIGINT);
 CREATE TABLE judged (verdict VARCHAR, part INT, key VARCHAR, i INT, score FLOAT, h UBIGINT);
+CREATE OR REPLACE TEMP MACRO words(text) AS length(text) - length(replace(text, ' ', '')) + (text <> '')::INT;
 """
+_FOLD = {
+    "counts": "SELECT kind, name, a, b, sum(n)::BIGINT AS n FROM counts GROUP BY ALL",
+    "phrase": f"""SELECT text, sum(n)::BIGINT AS n, {", ".join(f"sum(w{m}) AS w{m}" for m in REGIONS)}
+        FROM phrase GROUP BY text""",
+    "region": f"""FROM region WHERE kind = 'sample' QUALIFY row_number() OVER (ORDER BY h, key, i) <= {_SAMPLE}
+        UNION ALL FROM region WHERE kind = 'best' QUALIFY row_number() OVER (ORDER BY score DESC, key) <= {_EDGE}
+        UNION ALL FROM region WHERE kind = 'worst' QUALIFY row_number() OVER (ORDER BY score, key) <= {_EDGE}""",
+    "judged": f"""FROM judged
+        QUALIFY row_number() OVER (PARTITION BY verdict ORDER BY h, key, i) <= {_EDGE}""",
+}
 
 
 def _drawn(m: int, count: str) -> str:
@@ -172,10 +206,10 @@ _ADD = (
             generate_subscripts(verdicts, 1) - 1 AS i
         FROM image JOIN ground_rows USING (key)""",
     """CREATE OR REPLACE TEMP TABLE kept AS
-        SELECT k.key, part, i, d.score AS score, lower(text) AS text,
+        SELECT k.key, part, i, d.score AS score, text,
             d.box[1] AS x0, d.box[2] AS y0, d.box[3] AS x1, d.box[4] AS y1
         FROM detection k JOIN (
-            SELECT key, unnest(phrases).text AS text, generate_subscripts(phrases, 1) - 1 AS j FROM phrases_rows
+            SELECT key, unnest(texts) AS text, generate_subscripts(texts, 1) - 1 AS j FROM phrases_rows
         ) p ON k.key = p.key AND k.d.phrase = p.j WHERE verdict = 'kept'""",
     """CREATE OR REPLACE TEMP TABLE said AS
         SELECT key, text, count(*) AS c, sum(count(*)) OVER (PARTITION BY key) AS n FROM kept GROUP BY 1, 2""",
@@ -192,9 +226,11 @@ _ADD = (
         UNION ALL SELECT ceil(x1 * {CELLS})::INT, floor(y0 * {CELLS})::INT, -1 FROM kept
         UNION ALL SELECT floor(x0 * {CELLS})::INT, ceil(y1 * {CELLS})::INT, -1 FROM kept
         UNION ALL SELECT ceil(x1 * {CELLS})::INT, ceil(y1 * {CELLS})::INT, 1 FROM kept) GROUP BY ALL""",
-    """INSERT INTO counts SELECT 'caption', NULL, count(*), 0, coalesce(sum(len(string_split(text, ' '))), 0) FROM
-        (SELECT unnest(captions).text AS text FROM caption_rows SEMI JOIN image USING (key))""",
-    "INSERT INTO counts SELECT 'words', NULL, 0, 0, coalesce(sum(len(string_split(text, ' '))), 0) FROM kept",
+    """CREATE OR REPLACE TEMP TABLE caption AS
+        SELECT unnest(texts) AS text FROM caption_rows SEMI JOIN image USING (key)""",
+    """INSERT INTO counts SELECT unnest(['captions', 'caption_words']), NULL, 0, 0,
+        unnest([count(*), coalesce(sum(words(text)), 0)]) FROM caption""",
+    "INSERT INTO counts SELECT 'words', NULL, 0, 0, coalesce(sum(words(text)), 0) FROM kept",
     f"""INSERT INTO phrase SELECT text, sum(c), {", ".join(f"sum({_drawn(m, 'c')})" for m in REGIONS)}
         FROM said GROUP BY text""",
     *(
@@ -204,25 +240,22 @@ _ADD = (
     ),
     f"""INSERT INTO region SELECT 'sample', part, key, i, score, hash(key, i) AS h FROM kept
         ORDER BY h, key, i LIMIT {_SAMPLE}""",
-    """INSERT INTO region SELECT 'best', any_value(part), key, arg_max(i, score), max(score) AS s, 0 FROM kept
-        GROUP BY key ORDER BY s DESC, key LIMIT 24""",
-    """INSERT INTO region SELECT 'worst', any_value(part), key, arg_min(i, score), min(score) AS s, 0 FROM kept
-        GROUP BY key ORDER BY s, key LIMIT 24""",
-    """INSERT INTO judged SELECT verdict, unnest(arg_min({p: part, k: key, i: i, s: d.score, h: hash(key, i)},
-        hash(key, i), 24), recursive := true) FROM detection WHERE verdict <> 'kept' GROUP BY verdict""",
+    f"""INSERT INTO region SELECT 'best', any_value(part), key, arg_max(i, {{s: score, i: -i}}), max(score) AS s, 0
+        FROM kept GROUP BY key ORDER BY s DESC, key LIMIT {_EDGE}""",
+    f"""INSERT INTO region SELECT 'worst', any_value(part), key, arg_min(i, {{s: score, i: i}}), min(score) AS s, 0
+        FROM kept GROUP BY key ORDER BY s, key LIMIT {_EDGE}""",
+    f"""INSERT INTO judged SELECT verdict, unnest(arg_min({{p: part, k: key, i: i, s: d.score, h: hash(key, i)}},
+        hash(key, i), {_EDGE}), recursive := true) FROM detection WHERE verdict <> 'kept' GROUP BY verdict""",
 )
 
 
 def _collect(db: duckdb.DuckDBPyConnection) -> Statistics:
     def counts(kind: str) -> list[tuple[Any, ...]]:
-        query = "SELECT name, a, b, sum(n)::BIGINT FROM counts WHERE kind = ? GROUP BY ALL ORDER BY ALL"
-        return db.execute(query, [kind]).fetchall()
+        return db.execute("SELECT name, a, b, n FROM counts WHERE kind = ? ORDER BY ALL", [kind]).fetchall()
 
     def places(query: str) -> list[Place]:
         return [Place(*row) for row in db.execute(f"SELECT part, key, i, score FROM {query}").fetchall()]
 
-    weights = ", ".join(f"sum(w{m}) AS w{m}" for m in REGIONS)
-    db.execute(f"CREATE OR REPLACE TABLE phrase AS SELECT text, sum(n)::BIGINT AS n, {weights} FROM phrase GROUP BY 1")
     verdicts = {name: n for name, _, _, n in counts("verdict")}
     scores, areas = np.zeros((SCORE_BINS, 2), np.int64), np.zeros(AREA_BINS, np.int64)
     corners = np.zeros((CELLS + 1, CELLS + 1), np.int64)
@@ -233,7 +266,7 @@ def _collect(db: duckdb.DuckDBPyConnection) -> Statistics:
     for _, x, y, n in counts("heat"):
         corners[y, x] = n
     per_image = {a: n for _, a, _, n in counts("per_image")}
-    [(captions, words)] = db.execute("SELECT sum(a), sum(n) FROM counts WHERE kind = 'caption'").fetchall()
+    captions, words = (sum(n for *_, n in counts(kind)) for kind in ("captions", "caption_words"))
     [(distinct,)] = db.execute("SELECT count(*) FROM phrase").fetchall()
     regions, spoken = verdicts.get("kept", 0), sum(n for *_, n in counts("words"))
     judged: dict[str, list[Place]] = {}
@@ -243,8 +276,8 @@ def _collect(db: duckdb.DuckDBPyConnection) -> Statistics:
     images = sum(per_image.values())
     return Statistics(
         images=images,
-        captions=int(captions or 0),
-        caption_words=int(words) / int(captions) if captions else 0.0,
+        captions=captions,
+        caption_words=words / captions if captions else 0.0,
         phrase_words=spoken / regions if regions else 0.0,
         distinct=distinct,
         verdicts=verdicts,
@@ -257,9 +290,9 @@ def _collect(db: duckdb.DuckDBPyConnection) -> Statistics:
             f"SELECT head_noun(text) AS head, sum(n)::BIGINT FROM phrase WHERE head <> '' {top}"
         ).fetchall(),
         conflicts=_conflicts(db, images, {m: n / 1e6 for _, m, _, n in counts("within")}),
-        sample=places(f"region WHERE kind = 'sample' ORDER BY h, key, i LIMIT {_SAMPLE}"),
-        best=places("region WHERE kind = 'best' ORDER BY score DESC, key LIMIT 24"),
-        worst=places("region WHERE kind = 'worst' ORDER BY score, key LIMIT 24"),
+        sample=places("region WHERE kind = 'sample' ORDER BY h, key, i"),
+        best=places("region WHERE kind = 'best' ORDER BY score DESC, key"),
+        worst=places("region WHERE kind = 'worst' ORDER BY score, key"),
         judged=judged,
     )
 

@@ -17,9 +17,7 @@ import transformers
 from tests.models.captioners.test_generate import CHAT, LETTERS, QWEN, jpeg, tokenizer
 from tests.world import World
 from vesl.models import hub, open_captioner
-from vesl.models.captioners.generate import collate
 from vesl.models.contract import Captioner
-from vesl.models.device import moved
 from vesl.models.options import Captioning
 from vesl.pipeline.plan import make_plan
 from vesl.pipeline.steps import caption as caption_step
@@ -103,7 +101,7 @@ def test_the_caption_step(world: World, tmp_path: Path, monkeypatch: pytest.Monk
     function = job.steps[1].stage.open()
     captioner = opened[0]
     ready = [captioner.prepare(data[k : k + BATCH], ["a dog"] * BATCH)[0] for k in range(0, IMAGES, BATCH)]
-    there = [captioner.fitting(moved(collate(rows, captioner.pad, captioner.side), captioner.device)) for rows in ready]
+    there = [captioner.inputs(rows) for rows in ready]
 
     def bare() -> None:
         for inputs in there:

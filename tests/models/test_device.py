@@ -34,12 +34,35 @@ def test_what_is_too_much_once_is_halved_from_then_on() -> None:
     assert Pieces()(0, run) == []
 
 
-def test_one_row_that_is_too_much_is_told() -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    ],
+)
+def test_one_row_that_is_too_much_is_told(error: RuntimeError) -> None:
+    asked: list[int] = []
+
     def run(start: int, end: int) -> list[int]:
-        raise torch.OutOfMemoryError
+        asked.append(end - start)
+        raise error
 
     with pytest.raises(torch.OutOfMemoryError):
         Pieces()(4, run)
+    assert asked == [4, 2, 1]
+
+
+def test_another_fault_is_no_lack_of_memory() -> None:
+    def run(start: int, end: int) -> list[int]:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    pieces = Pieces()
+    with pytest.raises(RuntimeError, match="assert"):
+        pieces(4, run)
+    assert pieces.size is None
 
 
 def test_nested_tensors_move_and_the_rest_stays() -> None:

@@ -14,14 +14,17 @@ from PIL import Image
 from tests.webserver import WebServer
 from tests.world import World
 from vesl import models
+from vesl.pipeline import calibrate
 from vesl.pipeline.calibrate import gather, marks, without_scores
 from vesl.pipeline.cli import main
 from vesl.pipeline.plan import Plan, make_plan
 from vesl.pipeline.recipe import RecipeError
 from vesl.pipeline.show import find
+from vesl.pipeline.work import incoming
 from vesl.transforms.boxes import iou
-from vesl.transforms.calibration import curve, normalise, parse_labels
+from vesl.transforms.calibration import curve, parse_labels
 from vesl.transforms.filters import SelectRule, judge
+from vesl.transforms.found import normalise
 from vesl.transforms.records import DETECTION
 
 Found = list[dict[str, Any]]
@@ -231,6 +234,21 @@ def test_mistakes_are_one_line(
     lines = [line for line in said.splitlines() if line.startswith("vesl")]
     assert len(lines) == 1, said
     assert says in lines[0]
+
+
+def test_parts_are_read_until_every_labelled_image_is_found(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, found = make_plan(world.load()), histories(world)
+    read: list[int] = []
+    monkeypatch.setattr(calibrate, "incoming", lambda *a: (read.append(a[3]), incoming(*a))[1])
+    for some in (found[:3], found[5:6] + found[-1:]):
+        read.clear()
+        assert gather(plan, parse_labels(labels_of(some))).images == len(some)
+        assert len(read) == len({history["part"] for history in some})
+
+
+def test_before_anything_is_grounded_it_says_so(world: World) -> None:
+    with pytest.raises(RecipeError, match="ground has not done any part yet"):
+        gather(make_plan(world.load("steps.ground.score_floor=0.9")), parse_labels(labels_of(histories(world)[:1])))
 
 
 def test_labels_that_only_name_other_stores_images(world: World) -> None:

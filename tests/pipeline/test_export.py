@@ -264,9 +264,26 @@ def test_takedown_is_obeyed_at_once_and_removes_what_was_written(world: World, t
             assert key not in name
             assert key.encode() not in data
             assert samples[key]["jpg"] not in data
-    fresh = tmp_path / "fresh"
+    fresh = tmp_path / "fresh"  # of the same store
     export(make_plan(world.load(recipe)), kind, str(fresh))
     assert tree(fresh) == tree(dest)
+
+
+def test_a_new_takedown_list_rewrites_the_parts_that_it_names_something_in(world: World, tmp_path: Path) -> None:
+    copy, dest = tmp_path / "store", tmp_path / "out"
+    shutil.copytree(world.store, copy)
+    (copy / "takedown").mkdir()
+    (copy / "takedown/00001.txt").write_text("nobody.example\n")
+    export(make_plan(world.load(f"store={copy}")), "grit-parquet", str(dest))
+    before = {path.name: path.stat().st_mtime_ns for path in (dest / "data").iterdir()}
+    key = sorted(shard_samples(world))[0]  # keys are cut into parts in order: this one is of the first
+    (copy / "takedown/00002.txt").write_text(f"{key}\n")
+    totals = export(make_plan(world.load(f"store={copy}")), "grit-parquet", str(dest))
+    assert totals["taken_down"] == 1
+    after = {path.name: path.stat().st_mtime_ns for path in (dest / "data").iterdir()}
+    assert {name for name in before if before[name] != after[name]} == {"grit-00000.parquet"}
+    (copy / "takedown/00002.txt").unlink()
+    assert export(make_plan(world.load(f"store={copy}")), "grit-parquet", str(dest))["images"] == 14
 
 
 def test_into_and_out_of_a_bucket(world: World, tmp_path: Path, s3_options: dict[str, Any]) -> None:
@@ -304,6 +321,10 @@ def test_mistakes_are_one_line(world: World, tmp_path: Path, capsys: pytest.Capt
     (full / "thesis.tex").write_text("years of work")
     file.write_text("")
     export(make_plan(world.load()), "grit-parquet", str(done))
+    (tmp_path / "link").symlink_to(world.store)
+    for name in ("index", "part-00001"):
+        shutil.copytree(done, tmp_path / name)
+        (tmp_path / name / f".vesl-export/{name}.json").write_text("[1")
     shutil.copytree(world.store, damaged)
     for tar in damaged.glob("download/*/*.tar"):
         tar.write_bytes(tar.read_bytes()[:600])
@@ -311,6 +332,9 @@ def test_mistakes_are_one_line(world: World, tmp_path: Path, capsys: pytest.Capt
         (["coco", str(full)], "is not empty and no export of ours"),
         (["coco", str(file)], "File exists"),
         (["coco", str(Path(world.store) / "export")], "lies in the store"),
+        (["coco", str(tmp_path / "link/export")], "lies in the store"),
+        (["grit-parquet", str(tmp_path / "index")], "index.json is damaged"),
+        (["grit-parquet", str(tmp_path / "part-00001")], "part-00001.json is damaged"),
         (["coco", str(done)], "holds another export: grit-parquet of select/"),
         (["grit-parquet", str(done), "--set", "steps.select.rule.score=0.9"], "select has not done any part yet"),
         (["grit-parquet", str(done), "--set", "dataset.only_parts=0"], "which this recipe does not have"),

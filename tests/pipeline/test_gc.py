@@ -4,6 +4,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -145,7 +146,7 @@ def test_in_doubt_nothing_is_removed(filled: World, trouble: str, tmp_path: Path
         record = {"state": "running", "host": "elsewhere", "pid": 1, "updated": time.time()}
         store.write_json("runs/x/run.json", record)
     if trouble == "compaction":
-        store.write_json("takedown/compaction.json", {"state": "running", "host": "x", "pid": 1, "updated": 0})
+        store.write_json("takedown/compaction-00003.json", {"state": "running", "host": "x", "pid": 1, "updated": 0})
     if trouble == "nothing":
         url = str(tmp_path / "nowhere")
         recipes = []
@@ -154,3 +155,40 @@ def test_in_doubt_nothing_is_removed(filled: World, trouble: str, tmp_path: Path
         command(url, recipes, remove=trouble != "nothing")
     assert "\n" not in str(caught.value)
     assert filled.files() == before
+
+
+def test_in_a_tidy_store_no_table_is_read(filled: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 200,000 parts that would be hours: only where there is a doubt a footer is read."""
+    plan = make_plan(filled.load())
+    recipes = [str(filled.recipe)]
+    read: list[str] = []
+    monkeypatch.setattr("vesl.pipeline.gc.chain", lambda recipe, store: plan.steps)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "footer", lambda self, name: read.append(name))
+        assert command(filled.store, recipes, remove=False) == 0
+    assert read == []
+    folder = plan.steps[-1].folder
+    (Path(filled.store) / folder / "shard-00000-009.tar").write_bytes(b"x")
+    assert command(filled.store, recipes, remove=True) == 0
+    assert not (Path(filled.store) / folder / "shard-00000-009.tar").exists()
+    assert run(filled.load())[1]
+
+
+def test_a_run_that_ends_while_gc_looks_is_seen(filled: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it found half done may be whole now."""
+    store = Store(filled.store)
+    store.write_json("runs/x/run.json", {"state": "running", "host": "elsewhere", "pid": 1, "updated": time.time()})
+    from vesl.pipeline import gc
+
+    real = gc.results
+
+    def slow(*arguments: Any) -> Any:
+        found = real(*arguments)
+        store.write_json("runs/x/run.json", {"state": "done", "host": "elsewhere", "pid": 1, "updated": time.time()})
+        return found
+
+    monkeypatch.setattr(gc, "results", slow)
+    before = {name for name in filled.files() if not name.startswith("runs/")}
+    with pytest.raises(StoreError, match="a run is at work"):
+        command(filled.store, [str(filled.recipe)], remove=True)
+    assert {name for name in filled.files() if not name.startswith("runs/")} == before

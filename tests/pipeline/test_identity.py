@@ -16,10 +16,14 @@ from vesl.pipeline.steps.select import Select
 from vesl.pipeline.store import Store, encode_table
 
 # Frozen: an option that is on this list by mistake hides that results differ.
-_FETCH = ("connect_timeout_s", "read_timeout_s", "total_timeout_s", "user_agent", "concurrency")
+_FETCH = (
+    *("connect_timeout_s", "read_timeout_s", "total_timeout_s", "user_agent", "contact", "concurrency", "buffer_mib"),
+    *("host_concurrency", "host_rate_per_s", "patience_s", "retries"),
+)
 _ENDPOINT = ("url", "key_from", "in_flight", "timeout_s", "retries")
 OPERATIONAL = {
     *(f"download.fetch.{name}" for name in _FETCH),
+    *(f"download.respect.{name}" for name in ("keep_h", "blocked_domains_file")),
     *(f"caption.endpoint.{name}" for name in _ENDPOINT),
     *(f"caption.{name}" for name in ("device", "compile")),
     *(f"ground.{name}" for name in ("device", "compile", "text_cache", "batch_pixels", "batch_tokens")),

@@ -84,7 +84,7 @@ def test_killed_in_the_middle_of_a_slow_part_goes_on_from_there(world: World, tm
 def test_an_unfinished_download_is_not_fetched_again(world: World) -> None:
     world.list_urls("a", world.images(40))
     world.document["dataset"]["rows_per_part"] = 40
-    world.document["engine"] |= {"save_every_s": 0.01, "download": {"batch": 4}}
+    world.document["engine"] |= {"save_every_s": 0.01, "download": {"batch": 4, "threads": 1}}
     for i in range(40):
         jpeg = world.server._paths[f"/{i}.jpg"]
         world.server.add(f"/{i}.jpg", lambda peer, answer=jpeg: (time.sleep(0.2), answer(peer)))
@@ -98,7 +98,7 @@ def test_an_unfinished_download_is_not_fetched_again(world: World) -> None:
     assert world.run("run").returncode == 0
     again = [path for path, hits in world.server.hits.items() if hits > 1]
     assert len(before) >= 22
-    assert len(again) <= 8  # what was in flight, and one batch on its way to the disk
+    assert len(again) <= 16  # what was in flight (two batches ahead, one at work), and one on its way to the disk
     (table,) = Path(world.store).glob("pack/*/part-00000.parquet")
     assert pq.read_table(table)["outcome"].to_pylist() == ["kept"] * 40
 

@@ -5,6 +5,7 @@ import hashlib
 import io
 import itertools
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,10 +19,12 @@ import pytest
 from PIL import Image
 
 from tests.webserver import WebServer
-from tests.world import World
+from tests.world import VESL, World
+from vesl.pipeline.cli import main
 from vesl.pipeline.plan import Plan, make_plan
 from vesl.pipeline.report import build, gallery, statistics
-from vesl.pipeline.report.statistics import AREA_BINS, CELLS, Statistics, database, measure
+from vesl.pipeline.report.statistics import AREA_BINS, CELLS, Place, Statistics, database, measure
+from vesl.pipeline.run import run
 from vesl.pipeline.show import find
 
 RLO, ZERO_WIDTH = "\u202e", "\u200b"
@@ -77,9 +80,11 @@ def measured(plan: Plan, taken: pa.Array = NONE) -> Statistics:
         return measure(plan, taken, db)
 
 
-@pytest.mark.parametrize("rows", [1, 16_384])  # part by part, and all at once
-def test_statistics_are_what_the_tables_say(plan: Plan, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("rows", "fold"), [(1, 9), (1, 1_000_000), (16_384, 1_000_000)])
+def test_statistics_are_what_the_tables_say(plan: Plan, rows: int, fold: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Part by part, added up now and then or at the end, and all at once."""
     monkeypatch.setattr(statistics, "_ROWS", rows)
+    monkeypatch.setattr(statistics, "_FOLD_ROWS", fold)
     found, images = measured(plan), histories(plan)
     per_image = [regions(history) for history in images]
     all_regions = [region for image in per_image for region in image]
@@ -104,6 +109,12 @@ def test_statistics_are_what_the_tables_say(plan: Plan, rows: int, monkeypatch: 
     assert found.areas[-4:].sum() == (areas >= 0.1).sum()  # of 20 bins, the last four are the last power of ten
     assert len(found.areas) == AREA_BINS
     assert found.areas.sum() == len(areas)
+    best = sorted((max(s for *_, s in image), h["key"]) for h, image in zip(images, per_image, strict=True) if image)
+    assert sorted((place.score, place.key) for place in found.best) == best
+    assert len(found.sample) == len(all_regions)
+    assert {v: len(p) for v, p in found.judged.items()} == {
+        v: min(n, 24) for v, n in found.verdicts.items() if v != "kept"
+    }
 
 
 def test_the_heat_map_counts_the_regions_over_each_cell(plan: Plan) -> None:
@@ -233,6 +244,19 @@ def test_hostile_text_stays_text_and_is_seen(page: str, plan: Plan, monkeypatch:
     assert not {c for c in page if not c.isprintable()} - {"\n"}
 
 
+def test_texts_without_end_do_not_make_a_page_without_end(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = len(hostile(plan, monkeypatch))
+    monkeypatch.setattr("tests.pipeline.test_report.NASTY", NASTY * 1000)
+    assert len(hostile(plan, monkeypatch)) < 10 * short
+
+
+def test_what_a_recipe_names_is_no_markup_of_the_terminal(filled: World, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["plan", str(filled.recipe), "--set", 'steps.caption.model="tests.standins:captioner@[/b]"'])
+    assert exit_.value.code == 0
+    assert "[/b]" in capsys.readouterr().out
+
+
 NASTY = "\"'><script>window.hacked=1</script><iframe src=//evil><base href=//evil></style></textarea>{{ 7*7 }}\\"
 
 
@@ -291,11 +315,12 @@ def test_two_recipes_are_compared_region_by_region(filled: World) -> None:
     other = filled.folder / "other.yaml"
     other.write_text("base: recipe.yaml\nsteps: {select: {rule: {score: 0.6, max_area: 0.2}}}\n")
     strict = ("steps.select.rule.score=0.6", "steps.select.rule.max_area=0.2")
-    assert filled.run("run", "--set", strict[0], "--set", strict[1]).returncode == 0
+    run(filled.load(*strict))
     done = filled.run("report", "--set", "steps.select.rule.score=0.3", str(other))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("download") == 2
     found = Page((filled.folder / "report.html").read_text(encoding="utf-8"))
+    assert "Compared are only" not in found.text
     sets = [
         {(h["key"], box, text) for h in histories(make_plan(filled.load(*options))) for box, text, _ in regions(h)}
         for options in ((), strict)
@@ -312,21 +337,35 @@ def test_two_recipes_are_compared_region_by_region(filled: World) -> None:
     assert drawn == len(sets[0] - sets[1])
 
 
-def test_a_lost_tar_costs_the_pictures_only(world: World) -> None:
-    world.list_urls("a", world.images(3))
-    assert world.run("run").returncode == 0
-    for tar in Path(world.store, "download").rglob("*.tar"):
+@pytest.mark.parametrize("swap", [False, True])
+def test_what_only_one_recipe_has_done_is_not_compared(filled: World, plan: Plan, swap: bool) -> None:
+    """Regions of parts that the other has not come to yet are no difference."""
+    few = make_plan(filled.load("dataset.only_parts=1"))
+    html, _ = build(few, plan, "few", "all") if swap else build(plan, few, "all", "few")
+    text = " ".join(Page(html).text.split())
+    assert f"Compared are only the 1 of {len(plan.parts)} parts that both have done." in text
+    assert f"regions that both keep{measured(few).regions} only the first0on 0 images only the second0" in text
+    assert 0 < measured(few).regions < measured(plan).regions
+
+
+def test_a_lost_tar_costs_the_pictures_only(filled: World, tmp_path: Path) -> None:
+    shutil.copytree(filled.store, tmp_path / "store")
+    for tar in (tmp_path / "store/download").rglob("*.tar"):
         tar.unlink()
-    done = world.run("report")
-    assert done.returncode == 0, done.stderr
-    found = Page((world.folder / "report.html").read_text(encoding="utf-8"))
-    assert found.cards == []
-    assert "3 images" in done.stdout
+    html, found = build(make_plan(filled.load(f"store={tmp_path / 'store'}")), None, "recipe")
+    assert Page(html).cards == []
+    assert re.search(r"12 stored images could not be read|No picture yet", html)
+    assert found.images > 8
+
+
+def test_cards_are_of_different_images() -> None:
+    places = [Place(0, key, i, 0.5) for i, key in enumerate("aabac")]
+    assert [(p.key, p.index) for p in gallery._distinct(places, 2)] == [("a", 0), ("b", 2)]
 
 
 def test_an_empty_store_makes_a_page_too(world: World) -> None:
-    assert world.run("report").returncode == 0
-    assert "No region yet." in Page((world.folder / "report.html").read_text(encoding="utf-8")).text
+    html, _ = build(make_plan(world.load()), None, "recipe")
+    assert "No region yet." in Page(html).text
     assert not any(Path(world.store).rglob("*"))
 
 
@@ -338,8 +377,12 @@ def test_an_empty_store_makes_a_page_too(world: World) -> None:
         (["no.yaml"], "no.yaml: cannot be read"),
     ],
 )
-def test_mistakes_are_one_line(world: World, arguments: list[str], says: str) -> None:
-    done = world.run("report", *arguments)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert says in done.stderr
+def test_mistakes_are_one_line(
+    world: World, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(world.command("report", *arguments)[len(VESL) :])
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert says in said

@@ -1,5 +1,6 @@
 """What owners ask for: headers, files on hosts, domains."""
 
+import pickle
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -215,6 +216,9 @@ def test_domains(tmp_path: Path) -> None:
     assert "blocked" not in before
     path.write_text("example.net\n")
     assert identity(RespectRule(blocked_domains=("evil.co.uk",), blocked_domains_file=str(path))) != before
+    assert pickle.loads(pickle.dumps(rule)).blocked == rule.blocked  # workers do not have the file
+    with pytest.raises(ValueError, match="blocked_domains_sha256"):
+        RespectRule(blocked_domains_file=str(path), blocked_domains_sha256="0" * 64)
     for wrong in ("http://example.org", "a b", "example.org/path", ""):
         with pytest.raises(ValueError, match=r"is not a domain like example\.org"):
             RespectRule(blocked_domains=(wrong,))

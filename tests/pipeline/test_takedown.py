@@ -20,7 +20,9 @@ import pytest
 
 from tests.webserver import WebServer
 from tests.world import ROOT, World, jpeg
-from vesl.pipeline.compact import JOURNAL, compact, finish, spans
+from vesl.pipeline import journal
+from vesl.pipeline import run as running
+from vesl.pipeline.compact import compact, finish, spans
 from vesl.pipeline.engines import Engine, Event, Listener, local
 from vesl.pipeline.plan import Plan, make_plan
 from vesl.pipeline.run import run
@@ -30,6 +32,7 @@ from vesl.pipeline.work import Attempt, Job, run_part
 from vesl.transforms.takedown import Takedown
 from vesl.transforms.urls import key
 
+JOURNAL = "takedown/compaction-00001.json"
 OTHER_FILTER = ("steps.select.rule.score=0.6",)
 BY_REFERENCE = ("steps.pack.images=reference",)
 
@@ -165,7 +168,7 @@ def test_compaction_leaves_nothing_and_everything_linked(filled: World) -> None:
     changed = {name for name in before | after if before.get(name) != after.get(name)}
     other = {name for name in changed if f"-{part:05d}" not in name}
     kinds = {name.rpartition("/")[2] for name in other}
-    assert kinds <= {"00001.txt", "compaction.json", "index.json", "dataset.json", "00000.json"}
+    assert kinds <= {"00001.txt", "compaction-00001.json", "index.json", "dataset.json", "00000.json"}
     assert not [name for name in after if ".wip" in name]
     assert_done(filled)
     record = json.loads((Path(filled.store) / "dataset.json").read_text())["ingests"][0]
@@ -209,7 +212,7 @@ def test_killed_at_a_write_and_run_again_gives_the_same_bytes(
     store = Store(filled.store)
     add(store, path)
     shutil.copytree(filled.store, pristine)
-    assert compact(store) == (2, len({*who(Store(str(pristine)))}))
+    assert compact(store) == (2, len(who(Store(str(pristine))).keys))
     want, at = bytes_of(filled), 0
     assert not traces(store, [key(url(filled, i)).encode() for i in (3, 7)])
     while True:
@@ -226,10 +229,168 @@ def test_killed_at_a_write_and_run_again_gives_the_same_bytes(
         else:
             finish(store)  # as `vesl run` does
         assert bytes_of(filled) == want, f"after a death at write {at}"
-        assert store.read_json(JOURNAL)["state"] == "done"
+        assert journal.newest(store)[1]["state"] == "done"
         at += step
     assert at > 30
     assert_done(filled)
+
+
+@pytest.mark.parametrize("at", [7, 15, 24, pytest.param(30, marks=pytest.mark.slow)])
+def test_lists_that_come_after_a_death_cost_no_links(filled: World, kill_at: dict[str, float], at: int) -> None:
+    """What is half rewritten is finished for the lists that it was begun for; then the new ones have their turn."""
+    store, plan = Store(filled.store), plans(filled)[0]
+    (part,) = [p for p in plan.parts if key(url(filled, 3)) in _keys(plan, p)]
+    other = next(i for i in range(12) if i != 3 and key(url(filled, i)) in _keys(plan, part))
+    add(store, listed(filled, key(url(filled, 3))))
+    kill_at["writes"] = at
+    with pytest.raises(Killed):
+        compact(store)
+    kill_at["writes"] = math.inf
+    add(store, listed(filled, url(filled, other)))
+    assert filled.run("plan").returncode == 0
+    finish(store)
+    assert not traces(store, [key(url(filled, i)).encode() for i in (3, other)])
+    assert_done(filled)  # so no caption had to be made again
+    (ingest,) = store.read_json("dataset.json")["ingests"]
+    assert (ingest["kept"], ingest["taken_down"]) == (11, 2)
+
+
+def test_two_compactions_and_a_run_never_go_together(filled: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(filled.store)
+    add(store, listed(filled, key(url(filled, 3))))
+    elsewhere = {"state": "running", "host": "elsewhere", "pid": 1, "updated": time.time(), "lists": [], "parts": []}
+
+    with monkeypatch.context() as patch:  # another takes the same place in the row just before
+        create = Store.create
+        patch.setattr(Store, "create", lambda self, name, data: create(self, name, data) and not name.endswith(".json"))
+        with pytest.raises(StoreError, match="another compaction has just begun"):
+            journal.begin(store)
+    assert run(filled.load())[1]  # that one died: finished here
+    assert not traces(store, [key(url(filled, 3)).encode()])
+
+    def run_begins(there: Store, name: str, data: bytes) -> bool:
+        there.write_json("runs/29990101-000000-elsewhere-1/run.json", elsewhere)
+        return create(there, name, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "create", run_begins)
+        with pytest.raises(StoreError, match="a run is at work"):
+            compact(store)
+    shutil.rmtree(Path(filled.store) / "runs" / "29990101-000000-elsewhere-1")
+    assert journal.newest(store)[1]["state"] == "done"
+
+    shutil.rmtree(Path(filled.store) / "pack")
+
+    def compaction_begins(self: Any) -> Any:
+        number = journal.newest(store)[0] + 1
+        store.write_json(f"takedown/compaction-{number:05d}.json", elsewhere)
+        return enter(self)
+
+    with monkeypatch.context() as patch:
+        enter = running.Record.__enter__
+        patch.setattr(running.Record, "__enter__", compaction_begins)
+        with pytest.raises(StoreError, match="a compaction is at work on elsewhere"):
+            run(filled.load())
+    assert not list((Path(filled.store) / "pack").glob("*/*.tar"))
+    newest = sorted((Path(filled.store) / "runs").iterdir())[-1]
+    assert json.loads((newest / "run.json").read_text())["state"] == "ended: StoreError"
+
+
+def test_a_compaction_between_plan_and_index_is_seen(filled: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(filled.store)
+    add(store, listed(filled, key(url(filled, 3))))
+    made = running.make_plan
+
+    def slow(*arguments: Any) -> Plan:
+        plan = made(*arguments)
+        compact(store)
+        return plan
+
+    monkeypatch.setattr(running, "make_plan", slow)
+    with pytest.raises(StoreError, match="a compaction went on meanwhile; run again"):
+        run(filled.load())
+    monkeypatch.setattr(running, "make_plan", made)
+    assert_done(filled)
+
+
+def test_signs_of_life_come_also_where_nothing_happens(filled: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "_BEAT_S", 0.02)
+    monkeypatch.setattr(running, "_RECORD_EVERY_S", 1e9)
+    seen: list[float] = []
+
+    def silent(job: Job, parts: Sequence[int], engine: Engine, listen: Listener) -> None:
+        (record,) = (path for path in (Path(filled.store) / "runs").glob("*/run.json") if path not in before)
+        first = json.loads(record.read_text())["updated"]
+        while not seen or seen[-1] == first:
+            seen.append(json.loads(record.read_text())["updated"])
+            time.sleep(0.01)
+
+    before = list((Path(filled.store) / "runs").glob("*/run.json"))
+    shutil.rmtree(Path(filled.store) / "pack")
+    monkeypatch.setattr(running, "carry", lambda engine: silent)
+    assert not run(filled.load())[1]
+    assert len(set(seen)) == 2
+    assert json.loads(sorted((Path(filled.store) / "runs").glob("*/run.json"))[-1].read_text())["state"] == "done"
+
+
+def test_what_a_compaction_costs(filled: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the parts that are not touched, only the input table is read, once; no folder is listed twice."""
+    store = Store(filled.store)
+    (touched,) = [p for p in plans(filled)[0].parts if key(url(filled, 3)) in _keys(plans(filled)[0], p)]
+    add(store, listed(filled, key(url(filled, 3))))
+    asked: dict[str, list[str]] = {"read_table": [], "footer": [], "names": []}
+
+    def noted(name: str) -> Any:
+        real = getattr(Store, name)
+
+        def call(self: Store, *arguments: Any) -> Any:
+            asked[name].append(arguments[0])
+            return real(self, *arguments)
+
+        return call
+
+    for name in asked:
+        monkeypatch.setattr(Store, name, noted(name))
+    compact(store)
+    others = [name for name in asked["read_table"] + asked["footer"] if f"-{touched:05d}." not in name]
+    assert sorted(Path(name).parts[0] for name in others) == ["input"] * 2
+    listings = [name for name in asked["names"] if name.partition("/")[0] not in ("takedown", "runs")]
+    twice = {name for name in listings if listings.count(name) > 1}
+    assert {name.partition("/")[0] for name in twice} <= {"input"}
+
+
+def test_notes_of_a_killed_run_go_too(filled: World) -> None:
+    store = Store(filled.store)
+    store.write_json("runs/.beam-0123/told/1.json", {"text": f"failed on {url(filled, 3)}"})
+    add(store, listed(filled, url(filled, 3)))
+    compact(store)
+    assert not (Path(filled.store) / "runs" / ".beam-0123").exists()
+
+
+def test_show_and_evaluation_obey_the_lists_at_once(filled: World) -> None:
+    from vesl.models.cloc.options import Evaluation
+    from vesl.models.cloc.sets import SetError, open_set
+
+    plan = plans(filled)[0]
+    rows = {row["key"]: row for p in plan.parts for row in plan.store.read_table(plan.steps[0].table(p)).to_pylist()}
+    one, two, store = key(url(filled, 3)), key(url(filled, 7)), Store(filled.store)
+    pairs = Evaluation(kind="pairs", shards=f"{filled.store}/{plan.steps[-1].folder}")
+    assert len(open_set("s", pairs, {}).pictures) == 12
+    add(store, listed(filled, one, rows[two]["source_sha256"]))
+    source = open_set("s", pairs, {})
+    taken = 2 if rows[two]["sha256"] == rows[two]["source_sha256"] else 1
+    assert (len(source.pictures), source.skipped["taken_down"]) == (12 - taken, taken)
+    for name in (one, two):
+        shown = filled.run("show", name)
+        assert shown.returncode == 0, shown.stderr
+        assert "a takedown list names it" in shown.stdout
+        assert not [text for text in (url(filled, 3), url(filled, 7), caption(3), caption(7)) if text in shown.stdout]
+    few = filled.run("show").stdout
+    assert one not in few
+    assert two not in few
+    store.create("takedown/by-hand.txt", b"what is this")
+    with pytest.raises(SetError, match=r"takedown lists of .* cannot be read: .*by-hand.txt:1: "):
+        open_set("s", pairs, {})
 
 
 def test_vesl_run_finishes_what_a_killed_command_began(filled: World) -> None:
@@ -266,7 +427,7 @@ def test_while_a_run_or_a_compaction_is_at_work_nothing_is_removed(filled: World
     with pytest.raises(StoreError, match="a compaction is at work on elsewhere"):
         run(filled.load())
     assert filled.files("pack") == before
-    store.write_json(JOURNAL, record | {"updated": 0})  # its process is gone
+    store.write_json(JOURNAL, record | {"updated": 0, "lists": []})  # its process is gone
     assert run(filled.load())[1]
     assert filled.files("pack") != before
 
@@ -408,7 +569,7 @@ def test_a_store_in_a_bucket(filled: World, tmp_path: Path, s3_options: dict[str
     there = {p.removeprefix(f"{bucket.root}/") for p in bucket.fs.find(bucket.root)}
     want = {name for name in filled.files() if not name.startswith("runs/")}
     assert {name for name in there if not name.startswith("runs/")} == want
-    for name in want - {JOURNAL}:
+    for name in want:
         assert bucket.read(name) == Store(filled.store).read(name), name
 
 

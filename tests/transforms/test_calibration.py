@@ -15,11 +15,11 @@ from vesl.transforms.calibration import (
     curve,
     estimate,
     match,
-    normalise,
     parse_labels,
     per_image,
     thresholds,
 )
+from vesl.transforms.found import normalise
 from vesl.transforms.urls import keys
 
 DRAWS = 1000

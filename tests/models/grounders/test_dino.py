@@ -22,10 +22,11 @@ from transformers.models.grounding_dino.modeling_grounding_dino import Grounding
 
 from vesl.models import ModelError, hub, open_grounder
 from vesl.models.contract import Detections
-from vesl.models.grounders import dino
+from vesl.models.grounders import dino, mixed
 from vesl.models.grounders.dino import pairs
 from vesl.models.options import Grounding
 
+real_forward = mixed._Once.forward
 ROOM = 64  # tokens of a text
 WORDS = ["a", "the", "cat", "dog", "red", "big", "tree", "hat", "##s", ",", "'", "-", "u", "s", "[", "]", "cls", "sep"]
 
@@ -39,14 +40,14 @@ def make_tokenizer() -> BertTokenizerFast:
     return BertTokenizerFast(vocab={word: index for index, word in words.items()})
 
 
-def make_model(folder: Path) -> str:
+def make_model(folder: Path, **changes: Any) -> str:
     torch.manual_seed(0)
     text = BertConfig(vocab_size=1200, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     swin = SwinConfig(embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=4, out_indices=[2, 3, 4])
     sizes: dict[str, Any] = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "num_queries": 30}
     sizes |= {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
     model = GroundingDinoForObjectDetection(
-        GroundingDinoConfig(backbone_config=swin, text_config=text, max_text_len=ROOM, **sizes)
+        GroundingDinoConfig(backbone_config=swin, text_config=text, max_text_len=ROOM, **sizes | changes)
     )
     for parameter in model.parameters():
         if parameter.dim() > 1:  # so that texts and images matter
@@ -349,6 +350,33 @@ def test_what_cannot_be_opened_says_so_in_one_line(model: str, tmp_path: Path) -
     if not torch.cuda.is_available():
         with pytest.raises(ModelError, match="sees no GPU"):
             open_grounder(Grounding(model=model, device="cuda"))
+
+
+def renamed(*_: Any) -> Any:
+    raise KeyError("reference_points")
+
+
+@pytest.mark.parametrize(
+    ("hook", "change", "said"),
+    [
+        ("scaled", renamed, "KeyError: 'reference_points'"),
+        ("scaled", lambda self, _, args, given: (args, given), "an image beside another is off by 0.[01]"),
+        ("forward", lambda self, *_: real_forward(self)[0], "Error"),
+    ],
+)
+def test_another_make_of_the_library_is_refused(
+    model: str, monkeypatch: pytest.MonkeyPatch, hook: str, change: Any, said: str
+) -> None:
+    monkeypatch.setattr(mixed._Once, hook, change)
+    with pytest.raises(ModelError, match=f"the Grounding DINO of transformers 5.* is not the one .*{said}") as caught:
+        opened(model)
+    assert "\n" not in str(caught.value)
+
+
+def test_more_queries_than_usual_are_tried_on_larger_images(tmp_path: Path) -> None:
+    many = make_model(tmp_path, num_queries=1200)
+    grounder = opened(many, image_px=256)
+    assert len(grounder(grounder.prepare([jpeg(100, 80)], [["a cat"]]))[0].boxes) > 100
 
 
 def test_numbers_that_are_none_fail_the_image(model: str) -> None:

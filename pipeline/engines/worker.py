@@ -1,0 +1,161 @@
+"""A worker process of the engine `local`: parts in, messages out, its models loaded once.
+
+The driver sends (thread, task), and hears (thread, kind, value) of how the task goes: `rows`, `key`, `open`, `read`,
+and, at the end, `done`, `fault` or `model`.
+"""
+
+import multiprocessing as mp
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from queue import SimpleQueue
+from typing import Any
+
+import pyarrow as pa
+
+from ...models.contract import ModelError
+from ..stage import Function, InTwo, Stage
+from ..work import Attempt, Job, run_part
+
+DEATHS = 2  # of a part's worker, with other rows; then the part runs alone
+_TICK_S = 0.5  # how often a busy worker tells how many rows it has done
+
+
+@dataclass
+class Task:
+    """One step of one part, and what went wrong with it so far."""
+
+    index: int
+    part: int
+    deaths: int = 0
+    faults: int = 0
+    culprits: frozenset[str] = frozenset()
+    read: bool = False  # all its rows are on their way to the model
+
+    @property
+    def alone(self) -> bool:
+        """Whether its rows are tried one by one, to find the one that kills."""
+        return self.deaths >= DEATHS
+
+
+class _Turn:
+    """Whose turn it is to use a model: the part's that began first, until all of its rows are through."""
+
+    def __init__(self) -> None:
+        self._lock, self._owner = threading.Lock(), 0
+
+    def take(self) -> None:
+        """Wait for this thread's turn, unless it has it."""
+        if self._owner != threading.get_ident():
+            self._lock.acquire()
+            self._owner = threading.get_ident()
+
+    def give_up(self) -> None:
+        """End this thread's turn, if it has it."""
+        if self._owner == threading.get_ident():
+            self._owner = 0
+            self._lock.release()
+
+
+def _in_turn(function: Function, turn: _Turn) -> Function:
+    """The same function; two parts that use it take turns now, as a model serves one caller at a time."""
+    if isinstance(function, InTwo):
+        finish = function.finish
+
+        def finish_in_turn(batch: pa.Table, prepared: Any) -> pa.Table:
+            turn.take()
+            return finish(batch, prepared)
+
+        function.finish = finish_in_turn
+    return function
+
+
+def live(job: Job, pipe: Connection, output: Connection) -> None:
+    """A worker's life: parts in, messages out, until the pipe closes.
+
+    One thread listens, this one works, and another works on what comes while this one is at work.
+    """
+    for stream in (1, 2):
+        os.dup2(output.fileno(), stream)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides what Ctrl-C means
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    functions: dict[str, Function] = {}
+    turns: dict[str, _Turn] = {}
+    given: tuple[SimpleQueue[Task | None], SimpleQueue[Task | None]] = (SimpleQueue(), SimpleQueue())
+    sending = threading.Lock()
+
+    def listen() -> None:
+        with suppress(EOFError, OSError):
+            while True:
+                thread, task = pipe.recv()
+                given[thread].put(task)
+        for tasks in given:
+            tasks.put(None)
+
+    def work(thread: int) -> None:
+        def tell(kind: str, value: Any = None) -> None:
+            with sending:
+                pipe.send((thread, kind, value))
+
+        while task := given[thread].get():
+            _try(job, task, functions, turns, tell)
+
+    threading.Thread(target=listen, daemon=True).start()
+    threading.Thread(target=work, args=(1,), daemon=True).start()
+    work(0)
+
+
+def _try(
+    job: Job, task: Task, functions: dict[str, Function], turns: dict[str, _Turn], tell: Callable[..., None]
+) -> None:
+    """Do a step of a part, and tell how it goes and how it ended."""
+    pending, last, start = 0, time.monotonic(), time.monotonic()
+    folder = job.steps[task.index].folder
+    turn = turns.setdefault(folder, _Turn())
+
+    def opener(stage: Stage) -> Function:
+        if folder not in functions:
+            begun = time.monotonic()
+            functions[folder] = _in_turn(stage.open(), turn)
+            if stage.opens_model:
+                tell("open", time.monotonic() - begun)
+        return functions[folder]
+
+    def on_rows(rows: int) -> None:
+        nonlocal pending, last
+        pending += rows
+        if pending and time.monotonic() - last > _TICK_S:
+            tell("rows", pending)
+            pending, last = 0, time.monotonic()
+
+    def on_key(key: str | None) -> None:
+        tell("key", key)
+        if key is None:  # no row is with the model any more
+            turn.give_up()
+
+    attempt = Attempt(task.culprits, task.alone, on_rows, on_key, partial(tell, "read"))
+    try:
+        result = run_part(job, task.index, task.part, opener, attempt)
+        tell("done", (time.monotonic() - start, result))
+    except ModelError as error:
+        tell("model", str(error))
+    except Exception as error:  # noqa: BLE001  (a fault of a part, not of the run: the driver decides)
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        tell("fault", f"{type(error).__name__}: {error} ({os.path.basename(where.filename)}:{where.lineno})")
+    finally:
+        turn.give_up()
+
+
+def _follow_parent() -> None:
+    """End with the driver, even if that was killed: nobody would take this worker's results."""
+    parent = mp.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
