@@ -43,7 +43,7 @@ from .work import incoming
 
 _WORDS = {"1 word": (0, 1), "2 words": (1, 2), "3 words": (2, 3), "4 words and more": (3, np.inf)}
 _AREAS = {"below 1 % of the image": (-1, 0.01), "1 to 10 %": (0.01, 0.1), "above 10 %": (0.1, np.inf)}
-_READERS = 32  # tables looked into at a time
+_READERS, _AHEAD = 32, 256  # tables looked into at a time, and before any is read
 _SHOWN = 12  # thresholds in the table
 _NEED = ("sha256", "width", "height", "phrases", "detections")
 
@@ -158,8 +158,8 @@ def _having(plan: Plan, parts: Sequence[int], wanted: pa.Array) -> Iterator[int]
         return pc.any(_either(there, wanted)).as_py() or False
 
     with ThreadPoolExecutor(_READERS) as pool:
-        for first in range(0, len(parts), 8 * _READERS):  # not all at once: the first ones may do
-            some = parts[first : first + 8 * _READERS]
+        for first in range(0, len(parts), _AHEAD):  # not all at once: the first ones may do
+            some = parts[first : first + _AHEAD]
             yield from (part for part, found in zip(some, pool.map(find, some), strict=True) if found)
 
 

@@ -6,7 +6,6 @@ is run again after more parts are done, or after a takedown, writes what changed
 and nothing that is not ours is ever touched. What a sample looks like in a format is in transforms/exports.py.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -17,6 +16,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from tempfile import TemporaryFile
 from typing import IO, Any
 
@@ -43,8 +43,8 @@ from .plan import Plan, provenance
 from .run import described
 from .stage import part_name
 from .store import Store, StoreError
-from .takedown import NAMED_BY, match, named, obeyed
-from .work import Job, StaleError, incoming
+from .takedown import NAMED_BY, match, obeyed
+from .work import Incoming, Job, StaleError, incoming
 
 FORMAT = 1  # of the layouts; another one is never mixed into a folder
 _MARKS = ".vesl-export"
@@ -68,27 +68,33 @@ class Source:
     job: Job
     takedown: Takedown
 
-    @property
+    @cached_property
     def parts(self) -> dict[int, str]:
         """The parts, in order, each with the content hash of its select table."""
         done = self.plan.done["select"]
         return {part: done[part]["content"] for part in self.plan.parts if part in done}
 
-    @property
+    @cached_property
     def lists(self) -> str:
         """What the takedown lists say, as a hash; empty where there are none."""
         return _digest(sorted(names) for names in vars(self.takedown).values()) if self.takedown else ""
 
     def taken(self, part: int) -> str:
-        """Which rows of a part the lists name, as a hash; empty where they name none."""
-        keys = named(dataclasses.replace(self.plan, parts=(part,)), self.takedown).to_pylist()
-        return _digest(sorted(keys)) if keys else ""
+        """Which samples of a part the lists name, as a hash; empty where they name none."""
+        if not self.takedown:
+            return ""
+        rows = self._rows(part, NAMED_BY).rows
+        keys = rows["key"].filter(match(rows, self.takedown)).to_pylist()
+        return _digest(keys) if keys else ""
+
+    def _rows(self, part: int, columns: Iterable[str]) -> Incoming:
+        """Columns of the samples that select kept."""
+        steps = [step.name for step in self.plan.steps]
+        return incoming(self.plan.store, self.job, steps.index("select") + 1, part, tuple(dict.fromkeys(columns)))
 
     def read(self, part: int, images: bool) -> Samples:
         """A part's samples in batches, with their JPEGs or, unless `images`, with nothing."""
-        store, steps = self.plan.store, [step.name for step in self.plan.steps]
-        wanted = (*_COLUMNS, *(["image"] if images else []), *(NAMED_BY if self.takedown else []))
-        given = incoming(store, self.job, steps.index("select") + 1, part, tuple(dict.fromkeys(wanted)))
+        given = self._rows(part, (*_COLUMNS, *(["image"] if images else []), *(NAMED_BY if self.takedown else [])))
         rows = given.rows.filter(pc.invert(match(given.rows, self.takedown))) if self.takedown else given.rows
         first = 0
         while first < len(rows):
@@ -101,7 +107,7 @@ class Source:
             if images:
                 assert given.tar is not None
                 places = zip(batch["offset"].to_pylist(), batch["size"].to_pylist(), strict=True)
-                blobs = store.read_ranges(given.tar, [(start, start + size) for start, size in places])
+                blobs = self.plan.store.read_ranges(given.tar, [(start, start + size) for start, size in places])
             yield list(zip(map(Sample.from_row, batch.to_pylist()), blobs, strict=True))
 
     def numbered(self) -> Iterator[tuple[int, Sample]]:

@@ -98,13 +98,14 @@ class Generate:
         see = getattr(self.model.base_model, "get_image_features", None)
         if see is not None and len(options.prompts) > 1:
             self.model.base_model.get_image_features = self._once(see)
-        if options.compile:  # not the whole model: its images break the graph into many, until torch.compile gives it up
-            torch._dynamo.config.recompile_limit = 64  # first and later tokens, one row and many, and how these lie
+        if options.compile:
+            # Not the whole model: images break its graph into many, until torch.compile gives it up. Florence-2 calls
+            # the two halves of its BART by themselves. The limit: first and later tokens, one row and many, and so on.
+            torch._dynamo.config.recompile_limit = 64
             text = self.writer.get_decoder()
-            getattr(text, "decoder", text).compile(dynamic=True)  # Florence-2 calls the halves of its BART by themselves
+            getattr(text, "decoder", text).compile(dynamic=True)
         with complaining(options, "its processor or chat template does not work"):
             trials = [self.row(Image.new("RGB", (96, 64), "grey"), p.format(alt_text="")) for p in options.prompts]
-        self.processor.chat_template = None
         for name, value in trials[0].items():
             if name not in _TEXT and value.shape[:2] == trials[0]["input_ids"].shape:
                 raise ModelError(f"model {options.model}: not supported: its input {name} goes along with the text")
@@ -184,7 +185,7 @@ class Generate:
         return seen
 
     def inputs(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        """Rows put together, on the device (each comes there from pinned memory by itself), in the model's precision."""
+        """Rows put together on the device, where each comes from pinned memory by itself, in the model's precision."""
         batch = collate([moved(row.inputs, self.device) for row in rows], self.pad, self.side)
         return {k: v.to(self.model.dtype) if v.is_floating_point() else v for k, v in batch.items()}
 

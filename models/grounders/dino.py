@@ -245,7 +245,7 @@ def _joined(rows: list[Detections], twins: list[tuple[int, int]]) -> Detections:
 
 def open_grounder(options: Grounding, folder: Path) -> Grounder:
     """Load a GroundingDinoForObjectDetection and its tokenizer from a folder. Raises ModelError."""
-    refuse_to_compile(options)
+    refuse_what_is_owls(options)
     device, dtype = place(options)
     model, tokenizer, processor = _load(options, folder)
     asker = Asker(tokenizer, min(model.config.max_text_len, model.config.text_config.max_position_embeddings))
@@ -259,16 +259,18 @@ def open_grounder(options: Grounding, folder: Path) -> Grounder:
         network = Mixed(model.eval(), device, dtype)
     except MismatchError as error:
         raise ModelError(
-            f"model {options.model}: the Grounding DINO of transformers {version('transformers')} is not the one that is "
-            f"known here ({error}); install another version"
+            f"model {options.model}: the Grounding DINO of transformers {version('transformers')} is not the one that "
+            f"is known here ({error}); install another version"
         ) from None
     return DinoGrounder(network, asker, look, options, device)
 
 
-def refuse_to_compile(options: Grounding) -> None:
-    """Raise ModelError for `compile`: hardly two forwards have the same shapes, and each would be compiled anew."""
+def refuse_what_is_owls(options: Grounding) -> None:
+    """Raise ModelError for `compile` (hardly two forwards have the same shapes) and for a template."""
     if options.compile:
         raise ModelError(f"model {options.model}: compile: is for OWLv2 and OWL-ViT, whose images have one size")
+    if options.template != "{}":
+        raise ModelError(f"model {options.model}: template: is for OWLv2 and OWL-ViT; this model asks for bare phrases")
 
 
 def _load(options: Grounding, folder: Path) -> tuple[Any, Any, Any]:

@@ -54,7 +54,10 @@ class Mixed:
         alone = model(pixel_values=first, input_ids=ids[:1, :4])
         self._take_over(model)
         logits, boxes = self([first, second], torch.arange(2), ids, mask)
-        for mine, theirs in ((logits[0, :, :4].sigmoid(), alone.logits[0, :, :4].sigmoid()), (boxes[0], alone.pred_boxes[0])):
+        if model.config.two_stage and not self._once.kept_out:
+            raise ValueError("the encoder's logits do not pass where padding is kept out of them")
+        scores, expected = logits[0, :, :4].sigmoid(), alone.logits[0, :, :4].sigmoid()
+        for mine, theirs in ((scores, expected), (boxes[0], alone.pred_boxes[0])):
             off = (mine.sort(0).values - theirs.sort(0).values).abs().mean().item()  # queries come in any order
             if not off < _TOLERANCE:
                 raise ValueError(f"an image beside another is off by {off:.2g} from what it is alone")
@@ -95,6 +98,7 @@ class _Once(torch.nn.Module):
         self.pixels: list[torch.Tensor] = []  # by size, float [n, 3, H, W] each
         self.of = torch.empty(0, dtype=torch.long)
         self._padding: torch.Tensor | None = None  # bool [R, positions of all levels]
+        self.kept_out = False  # whether padding has been kept from becoming queries
         self._ratios = torch.empty(0)  # [R, 1, levels, 4], of the image to its padded levels, for x, y, w, h
 
     def forward(self, *_: torch.Tensor) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[torch.Tensor]]:
@@ -118,12 +122,13 @@ class _Once(torch.nn.Module):
         levels = [project(each) for project, each in zip(self.projections, maps, strict=False)]
         for project in self.projections[len(maps) :]:
             levels.append(project(maps[-1] if len(levels) == len(maps) else levels[-1]))
-        return levels
+        return [level.float() for level in levels]  # whose type an image's share of its padding takes: see Mixed
 
     def only_images(self, _: Any, __: Any, logits: torch.Tensor) -> torch.Tensor:
         """Hook: the encoder's logits [R, positions, T] without those of padding, so that no query begins there."""
         if self._padding is None or logits.shape[1] != self._padding.shape[1]:
             return logits
+        self.kept_out = True
         return logits.masked_fill_(self._padding[..., None], -torch.inf)
 
     def whole(self, _: Any, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

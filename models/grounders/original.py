@@ -29,7 +29,7 @@ from .. import hub
 from ..contract import Grounder, ModelError
 from ..device import place, quiet
 from ..options import Grounding
-from .dino import Asker, DinoGrounder, Look, refuse_to_compile
+from .dino import Asker, DinoGrounder, Look, refuse_what_is_owls
 
 _SIDE_PX, _LONGEST = 800, 1333 / 800  # of the package's transforms: the short side, and the long one's limit to it
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -47,7 +47,7 @@ def open_grounder(options: Grounding) -> Grounder:
         raise ModelError(
             f"model {options.model}: needs `pip install 'vesl[groundingdino]'` ({error.name or error} is missing)"
         ) from None
-    refuse_to_compile(options)
+    refuse_what_is_owls(options)
     device, dtype = place(options)
     folder = hub.find(options.model)
     model, tokenizer = _load(package, folder, options)

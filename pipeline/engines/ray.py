@@ -16,10 +16,10 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from queue import SimpleQueue
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
 from ...models.contract import ModelError
@@ -28,6 +28,7 @@ from ..store import wip
 from ..work import Attempt, Job, run_part
 from . import Engine, EngineError, Event, Listener, local
 from .follow import follow
+from .worker import Turn, in_turn
 
 _WAVE = 5000  # parts submitted at once: the driver holds a few kilobytes for each
 _DEATHS = 2  # of a part's worker; then the part runs in a subprocess of one
@@ -165,12 +166,17 @@ def dataset(job: Job, parts: Sequence[int], engine: Engine, identity: str) -> An
     data.context.autoscaling_config.actor_pool_util_upscaling_threshold = 0.9  # busy; by default: and as much in queue
     for index, step in enumerate(job.steps):
         want = wants[step.name]
+        parts_at_once = 2 if step.stage.opens_model else 1  # see Operator
         data = data.map(
             type(step.name.capitalize(), (Operator,), {}),  # Ray names the operator after its class
             fn_constructor_args=(job, index, identity, _version()),
             compute=ActorPoolStrategy(
-                min_size=want["min_size"], max_size=want["max_size"], max_tasks_in_flight_per_actor=1
+                min_size=want["min_size"],
+                max_size=want["max_size"],
+                max_tasks_in_flight_per_actor=parts_at_once,
+                enable_true_multi_threading=parts_at_once > 1,
             ),
+            max_concurrency=parts_at_once,
             num_cpus=want["num_cpus"],
             num_gpus=want["num_gpus"] or None,
         )
@@ -198,12 +204,18 @@ def _version() -> str:
 
 
 class Operator:
-    """One step on an actor. What goes wrong with a part travels on in its row; no exception ends the pipeline."""
+    """One step on an actor. What goes wrong with a part travels on in its row; no exception ends the pipeline.
+
+    Where a step opens a model, an actor is given two parts, in a thread each. The second waits at the gate until the
+    first is read and on its way to the model; then it is read and prepared, so that the model does not wait at the
+    border of two parts. A part that killed a worker before has the actor to itself.
+    """
 
     def __init__(self, job: Job, index: int, identity: str, version: str) -> None:
         self._job, self._index, self._identity, self._wanted = job, index, identity, version
         self._step = job.steps[index]
         self._function: Function | None = None
+        self._gate, self._turn = Lock(), Turn()
 
     def __call__(self, row: Row) -> Row:
         """Do the step for one part."""
@@ -236,29 +248,35 @@ class Operator:
         """Leave a mark, do the part; if this process dies, the mark stays and the next attempt counts it."""
         store, folder = self._job.open_store(), wip(self._step.table(part))
         prefix = f"attempt-{self._identity}-"
-        deaths = len(store.names(folder, prefix))
-        if deaths:
-            say("retry" if deaths < _GIVE_UP else "lost", f"the worker died, {deaths} times in this run")
-        if deaths >= _GIVE_UP:
-            return "lost"
-        mark = f"{folder}/{prefix}{uuid.uuid4().hex[:8]}"
-        store.fs.makedirs(store.path(folder), exist_ok=True)
-        store.fs.pipe_file(store.path(mark), f"{platform.node()} {os.getpid()} {time.time():.0f}\n".encode())
-        try:
-            if deaths >= _DEATHS:
-                return self._alone(part, say)
-            footer, fresh = run_part(self._job, self._index, part, self._open, Attempt())
-        except Exception:
-            with suppress(Exception):  # a fault is no death; left where the store is away, it counts as one
-                store.remove(mark)
-            raise
-        if fresh:
-            count(footer)
-        return ""
+        gate = ExitStack()
+        gate.enter_context(self._gate)
+        with gate, closing(self._turn):
+            deaths = len(store.names(folder, prefix))
+            if deaths:
+                say("retry" if deaths < _GIVE_UP else "lost", f"the worker died, {deaths} times in this run")
+                self._turn.take()
+            if deaths >= _GIVE_UP:
+                return "lost"
+            mark = f"{folder}/{prefix}{uuid.uuid4().hex[:8]}"
+            store.fs.makedirs(store.path(folder), exist_ok=True)
+            store.fs.pipe_file(store.path(mark), f"{platform.node()} {os.getpid()} {time.time():.0f}\n".encode())
+            try:
+                if deaths >= _DEATHS:
+                    return self._alone(part, say)
+                read = Attempt().on_read if deaths else gate.close
+                attempt = Attempt(on_key=lambda key: self._turn.close(), on_read=read)
+                footer, fresh = run_part(self._job, self._index, part, self._open, attempt)
+            except Exception:
+                with suppress(Exception):  # a fault is no death; left where the store is away, it counts as one
+                    store.remove(mark)
+                raise
+            if fresh:
+                count(footer)
+            return ""
 
     def _open(self, stage: Stage) -> Function:
         if self._function is None:
-            self._function = stage.open()
+            self._function = in_turn(stage.open(), self._turn)
         return self._function
 
     def _alone(self, part: int, say: Callable[[str, str], None]) -> str:

@@ -45,7 +45,7 @@ class Task:
         return self.deaths >= DEATHS
 
 
-class _Turn:
+class Turn:
     """Whose turn it is to use a model: the part's that began first, until all of its rows are through."""
 
     def __init__(self) -> None:
@@ -57,14 +57,14 @@ class _Turn:
             self._lock.acquire()
             self._owner = threading.get_ident()
 
-    def give_up(self) -> None:
+    def close(self) -> None:
         """End this thread's turn, if it has it."""
         if self._owner == threading.get_ident():
             self._owner = 0
             self._lock.release()
 
 
-def _in_turn(function: Function, turn: _Turn) -> Function:
+def in_turn(function: Function, turn: Turn) -> Function:
     """The same function; two parts that use it take turns now, as a model serves one caller at a time."""
     if isinstance(function, InTwo):
         finish = function.finish
@@ -87,7 +87,7 @@ def live(job: Job, pipe: Connection, output: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides what Ctrl-C means
     threading.Thread(target=_follow_parent, daemon=True).start()
     functions: dict[str, Function] = {}
-    turns: dict[str, _Turn] = {}
+    turns: dict[str, Turn] = {}
     given: tuple[SimpleQueue[Task | None], SimpleQueue[Task | None]] = (SimpleQueue(), SimpleQueue())
     sending = threading.Lock()
 
@@ -113,17 +113,17 @@ def live(job: Job, pipe: Connection, output: Connection) -> None:
 
 
 def _try(
-    job: Job, task: Task, functions: dict[str, Function], turns: dict[str, _Turn], tell: Callable[..., None]
+    job: Job, task: Task, functions: dict[str, Function], turns: dict[str, Turn], tell: Callable[..., None]
 ) -> None:
     """Do a step of a part, and tell how it goes and how it ended."""
     pending, last, start = 0, time.monotonic(), time.monotonic()
     folder = job.steps[task.index].folder
-    turn = turns.setdefault(folder, _Turn())
+    turn = turns.setdefault(folder, Turn())
 
     def opener(stage: Stage) -> Function:
         if folder not in functions:
             begun = time.monotonic()
-            functions[folder] = _in_turn(stage.open(), turn)
+            functions[folder] = in_turn(stage.open(), turn)
             if stage.opens_model:
                 tell("open", time.monotonic() - begun)
         return functions[folder]
@@ -138,7 +138,7 @@ def _try(
     def on_key(key: str | None) -> None:
         tell("key", key)
         if key is None:  # no row is with the model any more
-            turn.give_up()
+            turn.close()
 
     attempt = Attempt(task.culprits, task.alone, on_rows, on_key, partial(tell, "read"))
     try:
@@ -150,7 +150,7 @@ def _try(
         where = traceback.extract_tb(error.__traceback__)[-1]
         tell("fault", f"{type(error).__name__}: {error} ({os.path.basename(where.filename)}:{where.lineno})")
     finally:
-        turn.give_up()
+        turn.close()
 
 
 def _follow_parent() -> None:

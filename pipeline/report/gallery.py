@@ -115,8 +115,9 @@ class Album:
         keys: dict[int, set[str]] = {}
         for wish in wanted:
             keys.setdefault(wish.part, set()).add(wish.key)
+        inputs = input_tables(self.plan.dataset) if self.plan.dataset else []
         with ThreadPoolExecutor(_READERS) as pool:
-            for found in pool.map(lambda part: _rows(self.plan, part, keys[part]), sorted(keys)):
+            for found in pool.map(lambda part: _rows(self.plan, inputs[part], part, keys[part]), sorted(keys)):
                 rows |= found
             thumbnails = dict(zip(rows, pool.map(self._thumbnail, rows.values()), strict=True))
         self.unreadable += sum(thumbnails[key] is None and row.get("size") is not None for key, row in rows.items())
@@ -147,16 +148,15 @@ class Album:
         return Markup(base64.b64encode(file.getbuffer()).decode())  # noqa: S704  (letters and digits)
 
 
-def _rows(plan: Plan, part: int, keys: set[str]) -> dict[str, dict[str, Any]]:
-    """What the tables of one part say of some keys."""
+def _rows(plan: Plan, given: str, part: int, keys: set[str]) -> dict[str, dict[str, Any]]:
+    """What the tables of one part say of some keys; `given` is its input table."""
     wanted = pa.array(sorted(keys), pa.string())
 
     def read(name: str, columns: Sequence[str]) -> list[dict[str, Any]]:
         table = plan.store.read_table(name, ["key", *columns])
         return table.filter(pc.is_in(table["key"], wanted)).to_pylist()  # type: ignore[no-any-return]
 
-    assert plan.dataset is not None
-    rows = {row["key"]: row for row in read(input_tables(plan.dataset)[part], ("url", "alt_text"))}
+    rows = {row["key"]: row for row in read(given, ("url", "alt_text"))}
     columns = {
         "download": ("offset", "size", "width", "height"),
         "caption": ("captions",),

@@ -239,11 +239,18 @@ def test_mistakes_are_one_line(
 def test_parts_are_read_until_every_labelled_image_is_found(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, found = make_plan(world.load()), histories(world)
     read: list[int] = []
+    looked: list[int] = []
+    real = calibrate._either
+    monkeypatch.setattr(calibrate, "_AHEAD", 2)
     monkeypatch.setattr(calibrate, "incoming", lambda *a: (read.append(a[3]), incoming(*a))[1])
+    monkeypatch.setattr(calibrate, "_either", lambda *a: (looked.append(1), real(*a))[1])
     for some in (found[:3], found[5:6] + found[-1:]):
         read.clear()
+        looked.clear()
         assert gather(plan, parse_labels(labels_of(some))).images == len(some)
-        assert len(read) == len({history["part"] for history in some})
+        parts = {history["part"] for history in some}
+        assert len(read) == len(parts)
+        assert len(looked) - len(read) == (max(parts) // 2 + 1) * 2
 
 
 def test_before_anything_is_grounded_it_says_so(world: World) -> None:

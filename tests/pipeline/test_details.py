@@ -12,11 +12,17 @@ from vesl.pipeline.show import _COLOURS, find, kept_regions, picture
 from vesl.transforms import urls
 
 
-def test_a_part_goes_on_to_its_next_step_before_another_begins(world: World) -> None:
-    world.list_urls("a", world.images(15))
+def test_a_part_goes_on_to_its_next_step_before_many_others_begin(world: World) -> None:
+    world.list_urls("a", world.images(25))
     assert world.run("run", "--set", "engine.workers=1").returncode == 0
     done = [(event["part"], event["step"]) for event in world.events() if event["kind"] == "done"]
-    assert [part for part, _ in done] == sorted([0, 1, 2] * 6)
+    under_way: set[int] = set()
+    for part, step in done:
+        under_way.add(part)
+        assert len(under_way) <= 2  # at a part's last rows the worker begins with the step's next, and never with more
+        if step == "pack":
+            under_way.remove(part)
+    assert not under_way
 
 
 def test_a_model_that_cannot_be_opened_ends_the_run(world: World) -> None:

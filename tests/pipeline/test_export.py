@@ -69,10 +69,9 @@ def coco(path: Path) -> Any:
         return COCO(str(path))
 
 
-def test_coco_by_pycocotools(world: World, tmp_path: Path) -> None:
-    done = world.run("export", "coco", str(tmp_path / "out"))
-    assert done.returncode == 0, done.stderr
-    assert "14 images" in done.stdout
+def test_coco_by_pycocotools(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export(make_plan(world.load()), "coco", str(tmp_path / "out"))
+    assert "14 images" in capsys.readouterr().out
     samples = shard_samples(world)
     read = coco(tmp_path / "out/annotations/instances_default.json")
     captions = coco(tmp_path / "out/annotations/captions_default.json")

@@ -20,6 +20,7 @@ import pytest
 
 from tests.webserver import WebServer
 from tests.world import ROOT, World, jpeg
+from vesl.pipeline import ingest as ingesting
 from vesl.pipeline import journal
 from vesl.pipeline import run as running
 from vesl.pipeline.compact import compact, finish, spans
@@ -311,6 +312,26 @@ def test_a_compaction_between_plan_and_index_is_seen(filled: World, monkeypatch:
         run(filled.load())
     monkeypatch.setattr(running, "make_plan", made)
     assert_done(filled)
+
+
+def test_a_compaction_in_the_middle_of_an_ingest_keeps_the_counts(
+    filled: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, (path, real) = Store(filled.store), (filled.folder / "more.jsonl", ingesting._ingest)
+    path.write_text(json.dumps({"url": f"{filled.server.url}/new.jpg", "alt": "new"}) + "\n")
+    filled.document["dataset"]["source"] = [filled.document["dataset"]["source"], str(path)]
+    filled.write()
+
+    def slow(*arguments: Any) -> dict[str, Any]:
+        entry = real(*arguments)
+        add(store, listed(filled, key(url(filled, 3))))
+        compact(store)
+        return entry
+
+    monkeypatch.setattr(ingesting, "_ingest", slow)
+    assert run(filled.load())[1]
+    first, second = store.read_json("dataset.json")["ingests"]
+    assert (first["kept"], first["taken_down"], second["kept"]) == (12, 1, 1)
 
 
 def test_signs_of_life_come_also_where_nothing_happens(filled: World, monkeypatch: pytest.MonkeyPatch) -> None:

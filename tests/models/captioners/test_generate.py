@@ -281,7 +281,7 @@ def test_an_image_is_encoded_once_for_all_prompts(
 
 
 def as_on_the_hub(folder: Path, target: Path) -> str:
-    """A copy whose files are laid out as older releases of the library wrote them, and as most checkpoints have them."""
+    """A copy whose files are laid out as older releases of the library wrote them, and most checkpoints have them."""
     copy = changed(folder, target)
     settings, own = copy / "processor_config.json", {}
     if settings.exists():
@@ -400,9 +400,12 @@ def test_too_little_memory_halves_the_batch_and_changes_nothing(
         return real(**inputs)
 
     lengths: list[int] = []
-    monkeypatch.setattr(
-        generate, "collate", lambda rows, *more: lengths.extend(row["input_ids"].shape[1] for row in rows) or collate(rows, *more)
-    )
+
+    def noted(rows: Any, *more: Any) -> Any:
+        lengths.extend(row["input_ids"].shape[1] for row in rows)
+        return collate(rows, *more)
+
+    monkeypatch.setattr(generate, "collate", noted)
     monkeypatch.setattr(captioner.model, "generate", small)
     assert captioner(captioner.prepare(JPEGS, ALT)) == whole
     assert sizes == [4, 2] + [1] * 12
@@ -457,7 +460,7 @@ def test_a_compiled_model_writes_the_same(zoo: dict[str, str], backend: str, mon
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     captioner: Any = open_captioner(options(zoo["qwen2_vl"], compile=True))
-    for size in (4, 3, 1, 2):  # shapes that it has not seen
+    for size in (4, 1, 3):  # shapes that it has not seen
         assert captioner(captioner.prepare(JPEGS[:size], ALT[:size])) == plain[:size]
     found = torch._dynamo.utils.counters
     assert 0 < found["frames"]["ok"] == found["frames"]["total"] < 16

@@ -312,6 +312,17 @@ def test_half_the_precision_keeps_the_boxes(model: str) -> None:
     assert len(exact(exact.prepare(*batch))[0].boxes)
 
 
+def test_half_the_precision_keeps_the_places_of_an_image_in_its_padding(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dino, "PADDED", 10)
+    grounder = opened(model, dtype="bfloat16")
+    grounder(grounder.prepare([jpeg(100, 80), jpeg(60, 120)], [["a cat"], ["dog"]]))
+    ratios = grounder._network._once._ratios
+    assert ratios.dtype == torch.float32
+    assert (ratios < 1).any()
+
+
 def test_image_px_is_the_short_side(model: str) -> None:
     grounder = opened(model, image_px=96)
     shapes = [grounder.prepare([jpeg(*size)], [["cat"]]).pixels[0].shape for size in ((100, 80), (400, 100))]
@@ -347,6 +358,7 @@ def test_what_cannot_be_opened_says_so_in_one_line(model: str, tmp_path: Path) -
     fails(lambda folder: None, "image_px: 32 is too small", image_px=32)
     fails(lambda folder: (folder / "model.safetensors").write_bytes(b"nothing"), "model ")
     fails(lambda folder: None, "compile: is for OWLv2", compile=True)
+    fails(lambda folder: None, "template: is for OWLv2", template="a photo of a {}")
     if not torch.cuda.is_available():
         with pytest.raises(ModelError, match="sees no GPU"):
             open_grounder(Grounding(model=model, device="cuda"))
@@ -361,6 +373,7 @@ def renamed(*_: Any) -> Any:
     [
         ("scaled", renamed, "KeyError: 'reference_points'"),
         ("scaled", lambda self, _, args, given: (args, given), "an image beside another is off by 0.[01]"),
+        ("only_images", lambda self, _, args, logits: logits, "padding is kept out"),
         ("forward", lambda self, *_: real_forward(self)[0], "Error"),
     ],
 )
