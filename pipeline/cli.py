@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     add("plan", "show the resolved chain and what is missing; writes nothing")
     run = add("run", "do what is missing; running again resumes")
     run.add_argument("--until", choices=STEPS, help="stop after this step")
+    run.add_argument("--retry", choices=["failed"], help="try again what failed by a fault that may pass")
     add("status", "show how far a run is, from any terminal or machine")
     report = add("report", "show the funnel with its reasons, and write a page with statistics and pictures")
     report.add_argument("other", nargs="?", metavar="OTHER", help="a recipe to compare with; --set does not change it")
@@ -140,7 +141,7 @@ def _command(options: argparse.Namespace, recipe: "Recipe") -> int:
     if options.command == "run":
         from .run import run
 
-        plan, complete = run(recipe, options.until)
+        plan, complete = run(recipe, options.until, options.retry == "failed")
         tables.print_funnel(plan, console, reasons=False)
         last = plan.steps[-1]
         console.print(f"results: {plan.store.url.rstrip('/')}/{last.folder}", highlight=False, soft_wrap=True)

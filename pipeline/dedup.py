@@ -1,7 +1,8 @@
 """The pass that finds copies: over the hashes of the whole data set, in the driver, between download and caption.
 
 An image is dropped where an earlier one (by part, then row) equals it or is near it, dropped itself or not; so parts
-that come later never change a verdict. Evaluation images count as earlier than all. What was found lies in one file,
+that come later never change a verdict. Evaluation images count as earlier than all, and an image that is tried again
+keeps the verdict that it had. What was found lies in one file,
 `copies-<fingerprint>.parquet`, named by the parts that were looked at; from it each part gets its table. DuckDB does
 the work and spills, so memory stays bounded.
 """
@@ -76,9 +77,11 @@ def _runs(text: str) -> list[tuple[int, int]]:
 
 
 def run_pass(
-    job: Job, downloads: Mapping[int, Footer], memory: str | None, say: Say, progress: Say
+    job: Job, downloads: Mapping[int, Footer], retried: int | None, memory: str | None, say: Say, progress: Say
 ) -> Iterator[tuple[int, dict[str, Any], bool]]:
     """Judge the parts whose download tables have these footers; yield part, footer, and whether it had to be written.
+
+    Keys of parts from `retried` on may stand in earlier parts too.
 
     Killed at any moment and run again, the result is the same; so it is for two runs at once. Raises EngineError where
     DuckDB runs out of memory or disk, RecipeError for evaluation lists that cannot be used.
@@ -92,7 +95,7 @@ def run_pass(
     if not store.exists(name):
         try:
             evaluation = _evaluation(store, step, say)
-            _find_copies(store, job.steps[index - 1], step, parts, evaluation, name, memory, progress)
+            _find_copies(store, job.steps[index - 1], step, parts, retried, evaluation, name, memory, progress)
         except duckdb.Error as error:
             line = str(error).split("\n")[0]
             raise EngineError(
@@ -151,6 +154,7 @@ def _find_copies(
     download: Step,
     step: Step,
     parts: Sequence[int],
+    retried: int | None,
     evaluation: pa.Table,
     name: str,
     memory: str | None,
@@ -167,6 +171,10 @@ def _find_copies(
         for first in range(0, len(parts), _READ):
             progress(f"dedup: reading hashes, {first} of {len(parts)} parts")
             _add(db, _hashes(store, download, parts[first : first + _READ], distance is not None))
+        db.execute("CREATE TABLE again (place BIGINT, key VARCHAR, first BIGINT)")
+        if retried is not None:
+            db.execute(_AGAIN, {"from": retried << 32})
+            db.execute("DELETE FROM images WHERE place IN (SELECT place FROM again)")
         compare(db, distance, progress)
         with store.spool(name) as spooled:
             with pq.ParquetWriter(spooled, COPIES, compression="zstd") as writer:
@@ -290,6 +298,9 @@ _NEAR = """INSERT INTO nearest
     SELECT later.phash, min(early.first) FROM sparse AS early JOIN sparse AS later USING (bits)
     WHERE early.first < later.first AND bit_count(xor(early.phash, later.phash)) <= $distance
     GROUP BY later.phash"""
+_AGAIN = """INSERT INTO again
+    SELECT later.place, key, min(early.place) FROM images AS later JOIN images AS early USING (key)
+    WHERE later.place >= $from AND early.place >= 0 AND early.place < later.place GROUP BY later.place, key"""
 _COPIES = """
     WITH verdicts AS (
         SELECT place, key, phash, CASE
@@ -299,8 +310,14 @@ _COPIES = """
             CASE reason WHEN 'contaminated' THEN least(exact.earlier, nearest.earlier)
             WHEN 'duplicate_exact' THEN exact.earlier ELSE nearest.earlier END AS earlier
         FROM images LEFT JOIN exact USING (place) LEFT JOIN nearest USING (phash)
-        WHERE place >= 0 AND (exact.earlier IS NOT NULL OR nearest.earlier < place))
-    SELECT (verdicts.place >> 32)::INTEGER AS part, verdicts.key, reason,
-        left(images.key, 400) || CASE WHEN reason = 'duplicate_exact' THEN ''
-            ELSE coalesce(' (' || bit_count(xor(verdicts.phash, images.phash)) || ' bits differ)', '') END AS detail
-    FROM verdicts JOIN images ON images.place = earlier ORDER BY verdicts.place"""
+        WHERE place >= 0 AND (exact.earlier IS NOT NULL OR nearest.earlier < place)),
+    copies AS (
+        SELECT verdicts.place, verdicts.key, reason,
+            left(images.key, 400) || CASE WHEN reason = 'duplicate_exact' THEN ''
+                ELSE coalesce(' (' || bit_count(xor(verdicts.phash, images.phash)) || ' bits differ)', '') END AS detail
+        FROM verdicts JOIN images ON images.place = earlier),
+    each AS (
+        SELECT * FROM copies
+        UNION ALL
+        SELECT again.place, again.key, reason, detail FROM again JOIN copies ON copies.place = again.first)
+    SELECT (place >> 32)::INTEGER AS part, key, reason, detail FROM each ORDER BY place"""

@@ -132,7 +132,7 @@ def _ingest(
     first = sum(i["parts"] for i in dataset["ingests"])
     with scratch_folder() as scratch:
         counts = _collect(new, url_column, caption_column, takedown, f"{scratch}/rows.parquet", report)
-        kept, parts = _publish(store, dataset, identity, first, rows_per_part, scratch)
+        kept, parts = publish(store, identity, first, rows_per_part, scratch, input_tables(dataset))
     dropped = counts["no_url"] + counts["malformed"] + counts["taken_down"]
     counts |= {"kept": kept, "duplicate_url": counts["rows"] - dropped - kept}
     return {"id": identity, "files": files, "first": first, "parts": parts, **counts, "dataset": about}
@@ -214,15 +214,18 @@ def _literal(path: str) -> str:
     return "'" + re.sub(r"[\[*?]", r"[\g<0>]", path).replace("'", "''") + "'"
 
 
-def _publish(
-    store: Store, dataset: Mapping[str, Any], identity: str, first: int, rows_per_part: int, scratch: str
+def publish(
+    store: Store, identity: str, first: int, rows_per_part: int, scratch: str, earlier: Sequence[str] = ()
 ) -> tuple[int, int]:
-    """Order the staged rows by key, the first of each key only, without earlier ingests' keys; cut them into parts."""
+    """Order the rows staged in `rows.parquet` by key, the first of each key only, and cut them into parts.
+
+    Keys of the `earlier` input tables are left out. Returns how many rows and parts there are now.
+    """
     with connect(store, scratch) as db:
         db.execute(f"CREATE VIEW staged AS SELECT * FROM read_parquet({_literal(f'{scratch}/rows.parquet')})")
         known = ""
-        if tables := input_tables(dataset):
-            db.execute(f"CREATE VIEW known AS {scan(store, tables, 'key')}")
+        if earlier:
+            db.execute(f"CREATE VIEW known AS {scan(store, earlier, 'key')}")
             known = "ANTI JOIN known USING (key)"
         db.execute(f"CREATE TABLE chosen AS SELECT min(place) AS place FROM staged {known} GROUP BY key")
         [(kept,)] = db.sql("SELECT count(*) FROM chosen").fetchall()

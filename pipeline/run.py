@@ -21,6 +21,7 @@ from .journal import beating, compacting, newest
 from .plan import Plan, chain, make_plan, provenance
 from .progress import Display, Tally
 from .recipe import Recipe
+from .retry import retry
 from .stage import part_name
 from .store import Store, StoreError, to_json
 from .takedown import obeyed
@@ -36,12 +37,17 @@ class OverLimitError(Exception):
     """Too many rows of a step failed: one line that says which step, which reasons and what to do. Exit code 3."""
 
 
-def run(recipe: Recipe, until: str | None = None) -> tuple[Plan, bool]:
+def run(recipe: Recipe, until: str | None = None, retry_failed: bool = False) -> tuple[Plan, bool]:
     """Do what is missing for a recipe, up to and with the step `until`; return the plan and whether all parts are done.
 
+    With `retry_failed`, rows whose last attempt failed by a fault that may pass are tried again, as parts of their own.
     Raises RecipeError, IngestError, StoreError, ModelError (one line each) and OverLimitError.
     """
     plan = _ingest(recipe, until)
+    if retry_failed:
+        again = retry(plan)
+        print(f"retry: {again['kept'] if again else 0:,} rows failed by a fault that may pass", file=sys.stderr)
+        plan = make_plan(recipe, until)
     if without := plan.without():
         print(f"{len(without)} of {len(plan.parts)} parts are not in the adopted result: left out", file=sys.stderr)
     if plan.todo():
@@ -154,7 +160,9 @@ def _compare(plan: Plan, listen: Listener, say: Callable[[str], None]) -> bool:
 
     memory = plan.recipe.engine.dedup.memory
     downloads = {part: there[part] for part in wanted}
-    for part, footer, fresh in dedup.run_pass(plan.job(), downloads, memory, say, now_and_then):
+    ingests = plan.dataset["ingests"] if plan.dataset else []
+    retried = next((ingest["first"] for ingest in ingests if ingest.get("retry")), None)
+    for part, footer, fresh in dedup.run_pass(plan.job(), downloads, retried, memory, say, now_and_then):
         listen(Event("done", "dedup", part, footer=footer, fresh=fresh))
     return True
 

@@ -103,7 +103,8 @@ def print_funnel(plan: Plan, console: Console, reasons: bool = True) -> None:
     for ingest in plan.dataset["ingests"] if plan.dataset else []:
         counts = {name: ingest[name] for name in INGEST if ingest.get(name)}
         dropped = str(sum(counts.values()))
-        row = ["ingest", str(ingest["parts"]), str(ingest["rows"]), str(ingest["kept"]), dropped, "0"]
+        name = "retry" if ingest.get("retry") else "ingest"
+        row = [name, str(ingest["parts"]), str(ingest["rows"]), str(ingest["kept"]), dropped, "0"]
         _rows(table, row, [(name, n, INGEST[name]) for name, n in counts.items()] if reasons else [])
     for step, count in tally.counts.items():
         row = [step, f"{count.parts}/{len(plan.parts)}", str(count.rows), str(count.kept)]

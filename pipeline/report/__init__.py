@@ -144,9 +144,8 @@ def _funnel(plan: Plan) -> list[Stage]:
     for ingest in plan.dataset["ingests"] if plan.dataset else []:
         reasons = [(name, ingest[name], meaning) for name, meaning in INGEST.items() if ingest.get(name)]
         dropped = sum(n for _, n, _ in reasons)
-        found.append(
-            Stage("ingest", ingest["id"], str(ingest["parts"]), ingest["rows"], ingest["kept"], dropped, 0, reasons)
-        )
+        name, parts = "retry" if ingest.get("retry") else "ingest", str(ingest["parts"])
+        found.append(Stage(name, ingest["id"], parts, ingest["rows"], ingest["kept"], dropped, 0, reasons))
     fingerprints = {step.name: step.fingerprint for step in plan.steps}
     for name, count in Tally.of(plan).counts.items():
         parts = f"{count.parts:,} of {len(plan.parts):,}" if count.parts < len(plan.parts) else f"{count.parts:,}"
