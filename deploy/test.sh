@@ -7,4 +7,4 @@ export PYTHONDONTWRITEBYTECODE=1
 .venv/bin/ruff check --quiet .
 .venv/bin/ruff format --check --quiet . || { echo "test: run .venv/bin/ruff format ." >&2; exit 1; }
 .venv/bin/mypy -p vesl.transforms -p vesl.models -p vesl.pipeline --no-error-summary
-.venv/bin/python -m pytest "$@"
+.venv/bin/python -m pytest -n logical --dist loadfile "$@"

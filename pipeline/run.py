@@ -4,6 +4,7 @@ import os
 import platform
 import sys
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from threading import Lock
@@ -245,7 +246,7 @@ class Record:
 
     def __init__(self, plan: Plan, tally: Tally) -> None:
         host = platform.node()
-        self._name = f"runs/{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{host}-{os.getpid()}"
+        self._name = f"runs/{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{host}-{os.getpid()}-{uuid.uuid4().hex[:4]}"
         self._store, self._tally = plan.store, tally
         self._head = {
             "host": host,

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,7 +144,7 @@ rows = [{**row, "image": [row["image"]["path"], row["image"]["bytes"].hex(), *si
 print(json.dumps(rows))
 """
     env = world.env({"HF_HOME": str(tmp_path / "home"), "HF_DATASETS_OFFLINE": "1"})
-    command = [shutil.which("python") or "python", "-c", script, str(tmp_path / "out")]
+    command = [sys.executable, "-c", script, str(tmp_path / "out")]
     read = subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=120)
     assert read.returncode == 0, read.stderr
     rows, samples = json.loads(read.stdout), shard_samples(world)

@@ -540,7 +540,7 @@ def test_a_large_jpeg_is_scaled_while_decoding(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(Image.Image, "resize", spy)
     normalise(encoded(Image.new("RGB", (1400, 700)), exif=exif(6)), RULE)
-    assert scaled == [(175, 88)]
+    assert scaled[0] == (175, 88)  # what comes after is the perceptual hash of the result
 
 
 def _seeds() -> list[bytes]:
