@@ -171,11 +171,7 @@ def _find_copies(
         for first in range(0, len(parts), _READ):
             progress(f"dedup: reading hashes, {first} of {len(parts)} parts")
             _add(db, _hashes(store, download, parts[first : first + _READ], distance is not None))
-        db.execute("CREATE TABLE again (place BIGINT, key VARCHAR, first BIGINT)")
-        if retried is not None:
-            db.execute(_AGAIN, {"from": retried << 32})
-            db.execute("DELETE FROM images WHERE place IN (SELECT place FROM again)")
-        compare(db, distance, progress)
+        compare(db, distance, progress, retried)
         with store.spool(name) as spooled:
             with pq.ParquetWriter(spooled, COPIES, compression="zstd") as writer:
                 for piece in _pieces(db.sql(_COPIES).to_arrow_reader(_PIECE)):
@@ -250,13 +246,19 @@ def _add(db: duckdb.DuckDBPyConnection, rows: pa.Table) -> None:
     db.unregister("rows")
 
 
-def compare(db: duckdb.DuckDBPyConnection, distance: int | None, progress: Say) -> None:
+def compare(db: duckdb.DuckDBPyConnection, distance: int | None, progress: Say, retried: int | None = None) -> None:
     """From the table `images`, make `exact` (place, earlier) and `nearest` (phash, earlier: place of the first near).
+
+    Images from the part `retried` on that stand in an earlier part too go into `again` (place, key, first) instead.
 
     Equal hashes are taken together first. Two that are near agree under some mask, so the candidates are those that
     agree under one; where more than CROWD do, they are compared among themselves with finer masks, whose bits leave
     few that can agree.
     """
+    db.execute("CREATE TABLE again (place BIGINT, key VARCHAR, first BIGINT)")
+    if retried is not None:
+        db.execute(_AGAIN, {"from": retried << 32})
+        db.execute("DELETE FROM images WHERE place IN (SELECT place FROM again)")
     db.execute(_EXACT)
     db.execute("CREATE TABLE nearest (phash BIGINT, earlier BIGINT)")
     if distance is None:

@@ -16,7 +16,7 @@ def test_flags_are_frozen() -> None:
         assert f"\n    {command} " in done.stdout
         text = subprocess.run([*VESL, command, "--help"], capture_output=True, text=True, check=True).stdout
         flags = {word.strip(",[]") for word in text.split() if word.strip("[").startswith("--")}
-        own = {"run": {"--until"}, "show": {"--image"}, "report": {"--out"}}.get(command, set())
+        own = {"run": {"--until", "--retry"}, "show": {"--image"}, "report": {"--out"}}.get(command, set())
         assert flags == {"--help", "--set", *own}
 
 
