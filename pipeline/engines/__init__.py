@@ -5,7 +5,7 @@ every part, and tells what happens as events. It never sees an image.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ class Resources:
     min_workers: int | None = None  # where the pool may grow and shrink between this and `workers`; on ray
     cpus: float | None = None  # for each worker; on ray
     gpus: float | None = None  # for each worker; on ray and beam
+    runtime_env: Mapping[str, Any] = field(default_factory=dict)  # Ray's own: packages, variables; on ray
     accelerator: str | None = None  # its type, such as nvidia-l4; on beam
     memory: str | None = None  # such as 24GiB; on beam, and of dedup
 

@@ -174,11 +174,12 @@ def dataset(job: Job, parts: Sequence[int], engine: Engine, identity: str) -> An
                 min_size=want["min_size"],
                 max_size=want["max_size"],
                 max_tasks_in_flight_per_actor=parts_at_once,
+                max_concurrent_calls_per_actor=parts_at_once,
                 enable_true_multi_threading=parts_at_once > 1,
             ),
-            max_concurrency=parts_at_once,
             num_cpus=want["num_cpus"],
             num_gpus=want["num_gpus"] or None,
+            runtime_env=dict(engine.of(step.name).runtime_env) or None,
         )
     return data
 

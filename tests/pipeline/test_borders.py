@@ -106,3 +106,20 @@ def test_a_row_that_kills_at_a_border_costs_itself_alone(world: World, log: Path
     for i, text in texts.items():
         want = ("failed", "crashed") if i in culprits else ("kept", f"{text} on a table")
         assert found[text] == want
+
+
+def test_a_step_of_ray_may_have_an_environment_of_its_own(
+    world: World, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its workers see is theirs alone: here the place of the log, which the driver and other steps do not have."""
+    pytest.importorskip("ray")
+    monkeypatch.delenv("BORDERS_LOG")
+    environment = {"env_vars": {"BORDERS_LOG": str(log)}}
+    world.document["engine"] = {"kind": "ray", "caption": {"workers": 1, "runtime_env": environment}}
+    world.write()
+    world.list_urls("a", world.images(4, captions={i: f"ball {i}" for i in range(4)}))
+    done = world.run("run", "--until", "caption")
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    assert {outcome for outcome, _ in captions(world).values()} == {"kept"}
+    assert "called" in log.read_text()
