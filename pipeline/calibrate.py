@@ -244,7 +244,9 @@ def _print_recipe(
         return
     model = next(getattr(step.stage, "model", "") for step in plan.steps if step.name == "ground")
     lines = [f"# {model}: with 95 % confidence, {wanted:g} of what passes is right, in images like the labelled ones"]
-    lines += yaml.safe_dump({"steps": {"select": {"rule": {"score": score}}}}).splitlines()
+    before = next(b for b, step in zip(plan.steps, plan.steps[1:], strict=False) if step.name == "select")
+    select = {"rule": {"score": score}, "scores_of": before.fingerprint}  # a chain with other scores is refused then
+    lines += yaml.safe_dump({"steps": {"select": select}}, sort_keys=False).splitlines()
     if None not in by_words:
         lines += ["# or a threshold for phrases of 1, 2, 3, 4 and more words, each with that confidence for itself:"]
         lines += [f"#     score_by_words: {by_words}"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ...transforms.takedown import Takedown
 from ..contract import ModelError
 from .data import MAX_JSON_BYTES, clean
 from .shards import Folder, Shard, read_index
@@ -96,8 +97,13 @@ def learn_text(texts: Iterable[str], size: int) -> Text:
     return Text(PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END))
 
 
-def read_texts(shards: str, limit: int, storage_options: Mapping[str, Any] | None = None) -> Iterator[str]:
-    """Alt texts, captions and phrases of the first `limit` samples; what is no sample is passed over.
+def read_texts(
+    shards: str,
+    limit: int,
+    storage_options: Mapping[str, Any] | None = None,
+    takedown: Takedown = Takedown(),  # noqa: B008  (it is frozen)
+) -> Iterator[str]:
+    """Alt texts, captions and phrases of the first `limit` samples; what is no sample, or is named, is passed over.
 
     Raises DataError where there are no shards.
     """
@@ -113,8 +119,10 @@ def read_texts(shards: str, limit: int, storage_options: Mapping[str, Any] | Non
                             yield json.loads(shard.read(entry.json))
 
     for document in islice(documents(), limit):
-        found = [document.get("alt_text")] if isinstance(document, dict) else []
-        for name, key in (("captions", "text"), ("regions", "phrase")) if found else ():
+        if not isinstance(document, dict) or takedown.covers(*(str(document.get(k)) for k in ("key", "url", "sha256"))):
+            continue
+        found = [document.get("alt_text")]
+        for name, key in (("captions", "text"), ("regions", "phrase")):
             items = document.get(name)
             found += [item.get(key) for item in items if isinstance(item, dict)] if isinstance(items, list) else []
         yield from filter(None, map(clean, found))

@@ -30,7 +30,7 @@ from .encoder import Encoder, export
 from .evaluate import evaluate
 from .gradients import backward, split
 from .journal import Journal, Meter
-from .loader import Loader
+from .loader import Loader, read_takedown
 from .model import Cloc, Features
 from .objective import cloc_loss
 from .options import Evaluation, Loop, Train
@@ -59,7 +59,7 @@ def train(
         if state is not None and not state.keys() >= STATE:
             raise ModelError(f"{folder}: its checkpoint is of another version of vesl; name a new train.folder")
         agree(state["step"] if state else 0, folder, world)
-        text = _text(options, folder, rank, places.get("storage_options"))
+        text = _text(options, folder, rank, places)
         model = Cloc(options.model, options.objective, text, json.loads(state["clip"]) if state else None)
         if device.type == "cpu":  # its fused attention is slow in the backward pass
             model.clip.set_attn_implementation("eager")
@@ -299,7 +299,7 @@ def _check(options: Train, world: int) -> None:
         raise ModelError(f"train.loop.micro_batch: {loop.micro_batch} does not divide a process's {share} images")
 
 
-def _text(options: Train, folder: Path, rank: int, storage_options: Mapping[str, Any] | None) -> Text:
+def _text(options: Train, folder: Path, rank: int, places: Mapping[str, Any]) -> Text:
     """The run's tokenizer; one that is learned is learned by rank 0, once, and stays in the run's folder."""
     reference = options.model.text
     kind, _, size = reference.partition(":")
@@ -308,7 +308,10 @@ def _text(options: Train, folder: Path, rank: int, storage_options: Mapping[str,
     place = folder / "tokenizer"
     if rank == 0 and not (place / "tokenizer.json").exists():
         assert options.data.shards is not None
-        learn_text(read_texts(options.data.shards, 100_000, storage_options), int(size)).save(place)
+        storage = places.get("storage_options")
+        takedown = read_takedown(places.get("takedown"), storage, needed=False)
+        takedown |= read_takedown(options.data.takedown, storage, needed=True)
+        learn_text(read_texts(options.data.shards, 100_000, storage, takedown), int(size)).save(place)
     if dist.is_initialized():
         dist.barrier()
     return load_text(str(place))

@@ -130,7 +130,8 @@ def test_the_command_prints_draws_and_opens_no_model(
     assert f"{len(labels['annotations'])} labelled boxes" in out
     pasted = yaml.safe_load(out[out.index("# tests.standins:grounder@1") :].replace(str(picture), ""))
     score = pasted["steps"]["select"]["rule"]["score"]
-    world.load(f"steps.select.rule.score={score}")  # as the recipe takes it
+    made_from = pasted["steps"]["select"]["scores_of"]
+    make_plan(world.load(f"steps.select.rule.score={score}", f"steps.select.scores_of={made_from}"))  # it is accepted
     assert "2 words" in out
     assert "1 to 10 %" in out
     with Image.open(picture) as image:

@@ -185,6 +185,10 @@ def test_takedown_lists_that_the_recipe_names(world: tuple[Path, Done], tmp_path
         data = {"shards": f"{scenes}/train"} | ({"takedown": str(lists)} if folder == lists else {})
         done = nest().run("train", write(tmp_path, data=data, evaluate={}))
         assert done.code == 1
+        assert "no text to learn a tokenizer from" in done.assert_one_line()  # which obeys the lists as well
+        words = {"tokenizer": str(next((world[0] / "store" / "train").glob("*/tokenizer")))}
+        done = nest().run("train", write(tmp_path, data=data, evaluate={}, model=words))
+        assert done.code == 1
         assert "taken_down" in done.assert_one_line()
         (folder / "a.txt").unlink()
         folder.rmdir()

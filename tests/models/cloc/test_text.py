@@ -16,6 +16,7 @@ from vesl.models.cloc.text import END, PAD, Text, learn_text, load_text, read_te
 from vesl.models.contract import ModelError
 from vesl.transforms.records import Caption, Region, Sample
 from vesl.transforms.shards import add_member, encode, end_tar
+from vesl.transforms.takedown import Takedown
 
 HOSTILE = [
     "",
@@ -182,5 +183,6 @@ def test_the_texts_of_shards(tmp_path: Path) -> None:
     shard(tmp_path, [*documents, json.dumps({"alt_text": "last"}).encode()])
     assert list(read_texts(str(tmp_path), 100)) == ["alt", "a caption", "a phrase", "last"]
     assert list(read_texts(str(tmp_path), 1)) == ["alt", "a caption", "a phrase"]
+    assert list(read_texts(str(tmp_path), 100, takedown=Takedown(keys=frozenset({"0" * 24})))) == ["last"]
     with pytest.raises(DataError):
         list(read_texts(str(tmp_path / "none"), 1))
