@@ -13,6 +13,8 @@ from .options import Captioning, Grounding, Scoring
 
 T = TypeVar("T")
 
+_AGAIN = 200  # a piece that is too large in vain costs less than a hundredth of those before it
+
 
 def place(options: Captioning | Grounding | Scoring) -> tuple[torch.device, torch.dtype]:
     """The device and the precision that the options ask for. Raises ModelError where they ask for a GPU in vain."""
@@ -27,9 +29,9 @@ def place(options: Captioning | Grounding | Scoring) -> tuple[torch.device, torc
     return device, torch.bfloat16 if fast else torch.float32
 
 
-def pinned(tensors: Any) -> Any:
-    """The same tensor, list, tuple or mapping of tensors in page-locked memory, where there is a GPU to copy to."""
-    if not torch.cuda.is_available():
+def pinned(tensors: Any, device: torch.device) -> Any:
+    """The same tensor, list, tuple or mapping of tensors in page-locked memory, where they are copied to a GPU."""
+    if device.type != "cuda":
         return tensors
     return _each(tensors, lambda tensor: tensor.pin_memory())
 
@@ -66,10 +68,15 @@ def _each(tensors: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 
 
 class Pieces:
-    """Runs a batch in pieces that fit into the device's memory: what is too much once is halved from then on."""
+    """Runs a batch in pieces that fit into the device's memory.
+
+    What is too much once is halved from then on; after `_AGAIN` pieces that went well, twice as many are tried again,
+    as the batch may have been an unusual one.
+    """
 
     def __init__(self) -> None:
         self.size: int | None = None  # rows at a time that are known to be not too many; None: no limit met
+        self._well = 0  # pieces of that size since it was set
 
     def __call__(
         self, rows: int, run: Callable[[int, int], list[T]], fits: Callable[[int, int], bool] = lambda start, end: True
@@ -86,6 +93,7 @@ class Pieces:
                 step -= 1
             try:
                 done += run(start, start + step)
+                self._went_well(step)
                 continue
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
@@ -93,10 +101,15 @@ class Pieces:
                 if step == 1:
                     raise torch.OutOfMemoryError(" ".join(str(error).split())) from None
             # Out of the except block: there the traceback would hold the tensors of the failed attempt.
-            self.size = step // 2
+            self.size, self._well = step // 2, 0
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         return done
+
+    def _went_well(self, step: int) -> None:
+        self._well += step == self.size
+        if self.size and self._well == _AGAIN:
+            self.size, self._well = 2 * self.size, 0
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -62,6 +62,9 @@ class Captioning:
     dtype: Dtype = "auto"
     device: Literal["auto", "cpu", "cuda"] = operational("auto")
     compile: bool = operational(False)  # torch.compile of what writes the text: worth it where many batches follow
+    # Tokens that the model holds at once: of prompts (padding and the image's places counted) and those to be written.
+    # A batch that has more goes in pieces; one image always goes. vLLM and servers have budgets of their own.
+    batch_tokens: int = operational(65_536)
     endpoint: Endpoint = field(default_factory=Endpoint)
 
     def __post_init__(self) -> None:
@@ -73,8 +76,13 @@ class Captioning:
             raise ValueError(f"max_new_tokens: {self.max_new_tokens} is not a positive number")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"temperature, top_p: {self.temperature}, {self.top_p} are not in 0 and up, and in 0..1")
-        if self.max_pixels is not None and self.max_pixels < 1:
-            raise ValueError(f"max_pixels: {self.max_pixels} is not a positive number")
+        for name in ("max_pixels", "batch_tokens"):
+            if (most := getattr(self, name)) is not None and most < 1:
+                raise ValueError(f"{name}: {most} is not a positive number")
+        if self.backend == "openai" and (self.compile or self.device != "auto" or self.dtype != "auto"):
+            raise ValueError("device, dtype and compile: are the server's to choose where backend is openai")
+        if self.backend == "vllm" and self.compile:
+            raise ValueError("compile: vLLM compiles by itself; leave it out where backend is vllm")
 
 
 @dataclass(frozen=True)

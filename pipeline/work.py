@@ -221,11 +221,11 @@ def _ahead(
             for first in range(start, len(given.rows), size):
                 reading = reader.submit(read, first)
                 pending.append((reading, preparer.submit(prepare, reading) if early else None))
+                if early and first + size >= len(given.rows):  # not later: an engine may be at all that waits, at once
+                    on_read()
                 if len(pending) > ahead:
                     batch, prepared = pending.popleft()
                     yield batch.result(), prepared
-            if early:
-                on_read()
             for batch, prepared in pending:
                 yield batch.result(), prepared
         finally:

@@ -144,18 +144,24 @@ class Generate:
             said = self._control.sub(" ", alt_text[:ALT_CHARS])
             for k, prompt in enumerate(self.options.prompts):
                 luck = hashlib.sha256(f"{self.options.seed} {k} ".encode() + hashlib.sha256(jpeg).digest())
-                inputs = pinned(self.row(image, prompt.format(alt_text=said)))
+                inputs = pinned(self.row(image, prompt.format(alt_text=said)), self.device)
                 found[k].append(Row(inputs, int.from_bytes(luck.digest()[:8], "big", signed=True)))
         return found
 
     def __call__(self, prepared: list[list[Row]]) -> list[list[Written | Drop]]:
         """Write each image's captions, in the order of the prompts."""
-        # By length, so that pieces of the batch, should memory ask for them, are padded less.
-        order = [k for k, _ in sorted(enumerate(prepared[0]), key=lambda row: row[1].inputs["input_ids"].shape[1])]
+        # By length, so that pieces of the batch are padded less; the same pieces for each prompt, as `_once` needs.
+        lengths = [max(row.inputs["input_ids"].shape[1] for row in rows) for rows in zip(*prepared, strict=True)]
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+
+        def fits(start: int, end: int) -> bool:
+            tokens = lengths[order[end - 1]] + self.options.max_new_tokens
+            return (end - start) * tokens <= self.options.batch_tokens
+
         columns = []
         self._seen.clear()
         for rows in prepared:
-            written = self._pieces(len(rows), partial(self._write, [rows[k] for k in order]))
+            written = self._pieces(len(rows), partial(self._write, [rows[k] for k in order]), fits)
             columns.append([text for _, text in sorted(zip(order, written, strict=True), key=itemgetter(0))])
         self._seen.clear()
         return [list(row) for row in zip(*columns, strict=True)]

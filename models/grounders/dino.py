@@ -165,9 +165,9 @@ class DinoGrounder:
         return Prepared(
             count=len(jpegs),
             images=images,
-            pixels=pinned([torch.from_numpy(seen[index]) for index in images]),
+            pixels=pinned([torch.from_numpy(seen[index]) for index in images], self._device),
             of=np.array([at for at, _ in rows], np.int64),
-            text=pinned(tuple(torch.from_numpy(array) for array in (ids, mask, slots))),
+            text=pinned(tuple(torch.from_numpy(array) for array in (ids, mask, slots)), self._device),
             width=width,
             cost=np.array(cost, np.int64).reshape(-1, 3),
             phrases=[np.array(text.phrases, np.int16) for _, text in rows],

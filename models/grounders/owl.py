@@ -197,7 +197,9 @@ class Owl:
             pixels[n] = torch.from_numpy(self._sight(image))
             if self._sight.padded:
                 stretch[n] = max(image.size) / np.array(image.size * 2, np.float32)
-        tensors = pinned((torch.from_numpy(tokens), pixels, torch.from_numpy(asked), torch.from_numpy(stretch)))
+        tensors = pinned(
+            (torch.from_numpy(tokens), pixels, torch.from_numpy(asked), torch.from_numpy(stretch)), self._device
+        )
         return Prepared(len(phrases), rows, [len(phrases[k]) for k in rows], keys, *tensors)
 
     def _read(self, phrases: list[str]) -> tuple[list[bytes], npt.NDArray[np.int64], dict[str, int]]:

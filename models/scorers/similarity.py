@@ -106,7 +106,7 @@ class Similarity:
                 windows.append(np.asarray(small).transpose(2, 0, 1))
         asked = [self._options.template.replace("{}", phrase).encode(errors="replace").decode() for phrase in number]
         pixels = np.stack(windows) if windows else np.zeros((0, 3, self._side, self._side), np.uint8)
-        tensors = pinned((torch.from_numpy(pixels), self._tokens(asked)))
+        tensors = pinned((torch.from_numpy(pixels), self._tokens(asked)), self._gain.device)
         return Prepared(tensors[0], [text.encode() for text in asked], tensors[1], boxes, texts)
 
     def _tokens(self, texts: list[str]) -> dict[str, Tensor]:

@@ -34,6 +34,29 @@ def test_what_is_too_much_once_is_halved_from_then_on() -> None:
     assert Pieces()(0, run) == []
 
 
+def test_after_many_pieces_that_went_well_more_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vesl.models.device._AGAIN", 3)
+    least, asked = 2, list[int]()
+
+    def run(start: int, end: int) -> list[int]:
+        asked.append(end - start)
+        if end - start > least:
+            raise torch.OutOfMemoryError
+        return list(range(start, end))
+
+    pieces = Pieces()
+    assert pieces(4, run) == list(range(4))
+    assert asked == [4, 2, 2]
+    asked.clear()
+    assert pieces(8, run) == list(range(8))
+    assert asked == [2, 4, 2, 2, 2]  # the third of two went well: four are tried, in vain
+    least = 99
+    asked.clear()
+    assert pieces(8, run) == list(range(8))
+    assert asked == [4, 4]  # the fourth and more: all of them fit now
+    assert pieces.size == 4
+
+
 @pytest.mark.parametrize(
     "error",
     [

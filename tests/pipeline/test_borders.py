@@ -7,12 +7,16 @@ import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
 from tests.world import World
+from vesl.models.captioners import vllm
 from vesl.models.contract import Written
+from vesl.models.options import Captioning
 
 CALL_S = 0.2
 
@@ -50,6 +54,31 @@ def log(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     world.write()
     monkeypatch.setenv("BORDERS_LOG", str(tmp_path / "log"))
     return tmp_path / "log"
+
+
+class Continuous:
+    """Has vLLM's engine's methods; like it, it is at many requests at once, and new ones join at any step."""
+
+    def __init__(self) -> None:
+        self._log = open(os.environ["BORDERS_LOG"], "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+        self._left: dict[str, tuple[str, int]] = {}  # by request: its prompt, and the steps it still takes
+
+    def add_request(self, name: str, request: dict[str, Any], sampling: Any) -> None:
+        self._left[name] = request["prompt"], 8
+
+    def step(self) -> list[Any]:
+        self._log.write(json.dumps([prompt for prompt, _ in self._left.values()]) + "\n")
+        time.sleep(CALL_S / 8)
+        done = [name for name, (_, left) in self._left.items() if left == 1]
+        said = {name: self._left.pop(name)[0] for name in done}
+        self._left = {name: (prompt, left - 1) for name, (prompt, left) in self._left.items()}
+        first = {name: SimpleNamespace(text=f"{text} on a table", finish_reason="stop") for name, text in said.items()}
+        return [SimpleNamespace(request_id=name, finished=True, outputs=[first[name]]) for name in done]
+
+
+def continuous() -> vllm.VLLM:
+    options = Captioning("x/y@1", "vllm", ("{alt_text}",))
+    return vllm.VLLM(options, Continuous(), None, lambda alt_text: [alt_text])
 
 
 def captions(world: World) -> dict[str, tuple[str, str]]:
@@ -94,6 +123,25 @@ def test_the_next_part_is_prepared_while_the_model_is_at_the_last(world: World, 
     assert len(order) == len(inputs) == 6
     ahead = [first_prepared[after] < last_called[before] for before, after in pairwise(order)]
     assert any(ahead)  # of a busy machine's parts, some come too late
+
+
+@pytest.mark.parametrize("kind", ["local", "ray"])
+def test_vllm_has_requests_of_two_parts_at_once(world: World, log: Path, kind: str) -> None:
+    if kind == "ray":
+        pytest.importorskip("ray")
+    world.document["steps"]["caption"]["model"] = "tests.pipeline.test_borders:continuous@1"
+    world.write()
+    texts = {i: f"ball {i}" for i in range(30)}
+    world.list_urls("a", world.images(30, captions=texts))
+    for step in ("download", "caption"):
+        done = world.run("run", "--until", step, "--set", f"engine.kind={kind}")
+        assert done.returncode == 0, done.stderr
+    assert captions(world) == {text: ("kept", f"{text} on a table") for text in texts.values()}
+    inputs = sorted((Path(world.store) / "input").glob("*/part-*.parquet"))
+    part_of = {text: k for k, path in enumerate(inputs) for text in pq.read_table(path)["alt_text"].to_pylist()}
+    steps = [{part_of[text] for text in json.loads(line)} for line in log.read_text().splitlines()]
+    assert any(len(parts) == 2 for parts in steps)  # of a busy machine's parts, some come too late
+    assert max(len(parts) for parts in steps) == 2
 
 
 @pytest.mark.parametrize("culprits", [(4,), (4, 17)])

@@ -25,7 +25,7 @@ OPERATIONAL = {
     *(f"download.fetch.{name}" for name in _FETCH),
     *(f"download.respect.{name}" for name in ("keep_h", "blocked_domains_file")),
     *(f"caption.endpoint.{name}" for name in _ENDPOINT),
-    *(f"caption.{name}" for name in ("device", "compile")),
+    *(f"caption.{name}" for name in ("device", "compile", "batch_tokens")),
     *(f"ground.{name}" for name in ("device", "compile", "text_cache", "batch_pixels", "batch_tokens")),
     "select.scores_of",
 }
