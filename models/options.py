@@ -32,14 +32,14 @@ class Endpoint:
             if parts.scheme not in ("http", "https") or not parts.hostname or (parts.port or 1) < 1:
                 raise ValueError
         except ValueError:
-            raise ValueError("endpoint.url: is not like http://host:8000/v1") from None
+            raise ValueError("url: is not like http://host:8000/v1") from None
         if parts.username or parts.password:
-            raise ValueError("endpoint.url: has a user or password in it; put a key into the environment instead")
+            raise ValueError("url: has a user or password in it; put a key into the environment instead")
         for name in ("in_flight", "timeout_s"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"endpoint.{name}: {getattr(self, name)} is not a positive number")
+                raise ValueError(f"{name}: {getattr(self, name)} is not a positive number")
         if self.retries < 0:
-            raise ValueError(f"endpoint.retries: {self.retries} is negative")
+            raise ValueError(f"retries: {self.retries} is negative")
 
 
 @dataclass(frozen=True)

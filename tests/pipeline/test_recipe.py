@@ -14,6 +14,7 @@ steps:
   caption: {model: alt_text@1}
   ground: {model: tiny@1}
 """
+SERVED = GOOD.replace("alt_text@1", f"org/model@{'0' * 40}, backend: openai")
 
 
 def read(folder: Path, text: str, *overrides: str) -> Recipe:
@@ -59,6 +60,9 @@ def test_base_is_inherited_and_overridden(tmp_path: Path) -> None:
         (GOOD, ["steps.caption.model=alt_txt@1"], "steps.caption.model: 'alt_txt@1' is not a captioner"),
         (GOOD, ["steps.phrases.tagger=en_core_web_sm"], "steps.phrases.tagger: 'en_core_web_sm' is not pinned"),
         (GOOD, ["engine.kind=spark"], "engine.kind: 'spark' is not one of local, ray, beam"),
+        (SERVED, ["steps.caption.endpoint.url=a b"], "steps.caption.endpoint.url: is not like http://host:8000/v1"),
+        (SERVED, ["steps.caption.dtype=float16"], "steps.caption.device, dtype and compile: are the server's to choose"),
+        (SERVED, ["steps.caption.batch_tokens=0"], "steps.caption.batch_tokens: 0 is not a positive number"),
         (GOOD, ["dataset.only_parts=a-b"], "dataset.only_parts: 'a-b' is not like 0-3"),
         (GOOD, ["dataset.only_parts=5-2"], "dataset.only_parts: '5-2' is not like 0-3"),
         (GOOD, ["dataset.name=2024-13-45"], "the value is not valid YAML"),
