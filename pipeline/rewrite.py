@@ -11,7 +11,8 @@ import json
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..transforms.records import ADDS, INPUT, step_schema
 from ..transforms.shards import add_member, close_tar, dump
 from .listing import cited, part_of, tables
 from .stage import part_name
-from .store import Store, encode_table
+from .store import Store, StoreError, encode_table
 from .work import counted
 
 GONE = "taken_down"  # stands for a key in other samples' texts, and for the texts of a run's record
@@ -112,7 +113,9 @@ def part(store: Store, number: int, inputs: Sequence[str], listing: Mapping[str,
     places: Places = {}
     for table in found:
         if "tar" in table.footer and table.changed:
-            places[table.name.rpartition("/")[0]] = _images(store, table)
+            folder = table.name.rpartition("/")[0]
+            with _whole(f"{folder}/{table.footer['tar']['name']}", table.name):
+                places[folder] = _images(store, table)
     for table in found:
         if "shards" in table.footer:
             _shards(store, table, places, gone)
@@ -155,6 +158,19 @@ def _write(store: Store, found: Iterable[_Table]) -> None:
             store.replace(table.name, encode_table(table.rows, table.footer))
 
 
+@contextmanager
+def _whole(name: str, above: str) -> Iterator[None]:
+    """Say what to do where a file turns out to be damaged or gone; `above` is what is made anew with it."""
+    try:
+        yield
+    except (tarfile.TarError, ValueError, LookupError, EOFError, FileNotFoundError) as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise StoreError(
+            f"{name} is damaged ({text}): nothing can be taken out of it. Remove {above} from the store and run this "
+            "again; `vesl run` then makes it anew"
+        ) from None
+
+
 def _images(store: Store, table: _Table) -> References:
     """Publish the tar of a download table that has lost rows; say where each of its images lies now."""
     folder, tar = table.name.rpartition("/")[0], table.footer["tar"]
@@ -179,14 +195,17 @@ def _images(store: Store, table: _Table) -> References:
 
 def _shards(store: Store, table: _Table, places: Places, gone: Gone) -> None:
     """Rewrite the shards of a pack table that hold a sample that goes, or cite an image that has moved."""
-    folder, hit = table.name.rpartition("/")[0], set(table.lost["shard"].to_pylist())
+    folder = table.name.rpartition("/")[0]
     about = store.read_json(f"{folder}/step.json") if places else None
     moving = about is not None and about["options"].get("images") == "reference"
     if not (moving or table.changed):
         return
-    shards = []
+    shards, lost = [], Counter(table.lost["shard"].to_pylist())
     for entry in table.footer["shards"]:
-        new = _shard(store, folder, entry, places, gone) if moving or entry["name"] in hit else entry
+        new = entry
+        if moving or entry["name"] in lost:
+            with _whole(f"{folder}/{entry['name']}", folder):
+                new = _shard(store, folder, entry, places, (gone, lost[entry["name"]]))
         shards += [new] if new else []
     table.footer["shards"] = shards
     seen: Counter[str] = Counter()
@@ -198,9 +217,14 @@ def _shards(store: Store, table: _Table, places: Places, gone: Gone) -> None:
     table.change(table.rows.set_column(place, table.rows.field(place), pa.array(positions, pa.int32())))
 
 
-def _shard(store: Store, folder: str, entry: dict[str, Any], places: Places, gone: Gone) -> dict[str, Any] | None:
-    """Rewrite one shard; its entry in the footer and the index, None where nothing is left and it is removed."""
-    name, samples, regions, keys = f"{folder}/{entry['name']}", 0, 0, frozenset(gone.keys.to_pylist())
+def _shard(
+    store: Store, folder: str, entry: dict[str, Any], places: Places, going: tuple[Gone, int]
+) -> dict[str, Any] | None:
+    """Rewrite one shard; its entry in the footer and the index, None where nothing is left and it is removed.
+
+    `going`: who, and how many of its samples. Raises ValueError, LookupError or tarfile.TarError for a damaged one.
+    """
+    name, samples, regions, keys = f"{folder}/{entry['name']}", 0, 0, frozenset(going[0].keys.to_pylist())
     try:
         source = store.fs.open(store.path(name), "rb")
     except FileNotFoundError:  # an earlier attempt has removed it
@@ -220,6 +244,8 @@ def _shard(store: Store, folder: str, entry: dict[str, Any], places: Places, gon
                         document["image"] = places.get(image["tar"].rpartition("/")[0], {}).get(key, image)
                         data = dump(document)
                 add_member(file, member.name, data)
+        if samples + going[1] != entry["samples"]:  # to tarfile, a damaged header is the end
+            raise ValueError(f"it has {samples} of {entry['samples'] - going[1]} samples that stay")
         if samples:
             about = close_tar(file)
             store.publish(file, name)

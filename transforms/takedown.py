@@ -8,6 +8,7 @@ white space begins a comment.
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -97,7 +98,12 @@ def _entry(entry: str) -> tuple[str, str]:
 
 
 def _among(column: pa.Array, values: frozenset[str]) -> pa.Array:
-    return pc.is_in(column, pa.array(sorted(values), pa.string()))
+    return pc.is_in(column, _array(values))
+
+
+@lru_cache(8)
+def _array(values: frozenset[str]) -> pa.Array:
+    return pa.array(sorted(values), pa.string())
 
 
 def _host(url: str) -> str:

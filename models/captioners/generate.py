@@ -151,7 +151,9 @@ class Generate:
     def __call__(self, prepared: list[list[Row]]) -> list[list[Written | Drop]]:
         """Write each image's captions, in the order of the prompts."""
         # By length, so that pieces of the batch are padded less; the same pieces for each prompt, as `_once` needs.
-        lengths = [max(row.inputs["input_ids"].shape[1] for row in rows) for rows in zip(*prepared, strict=True)]
+        lengths: list[int] = [
+            max(row.inputs["input_ids"].shape[1] for row in rows) for rows in zip(*prepared, strict=True)
+        ]
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
 
         def fits(start: int, end: int) -> bool:

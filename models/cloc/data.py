@@ -171,7 +171,7 @@ def read_row(
     notes["bad_region"] += (len(regions) if isinstance(regions, list) else regions is not None) - len(good)
     drawn = chance.sample(good, min(options.regions, len(good)))
     boxes, phrases = tuple(box for box, _ in drawn), tuple(phrase for _, phrase in drawn)
-    return Row(key, caption, boxes, phrases, sha256 if isinstance(sha256, str) else "", _reference(image))
+    return Row(key, caption, boxes, phrases, sha256 if isinstance(sha256, str) else "", reference(image))
 
 
 def _dicts(found: object) -> Iterator[dict[str, Any]]:
@@ -194,7 +194,8 @@ def _region(region: dict[str, Any]) -> tuple[Box, str] | None:
     return ((x0, y0, x1, y1), phrase) if 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1 else None
 
 
-def _reference(image: object) -> tuple[str, int, int] | None:
+def reference(image: object) -> tuple[str, int, int] | None:
+    """The place (tar, offset, bytes) that the `image` of a JSON from anybody names, if it stays within a store."""
     if not isinstance(image, dict):
         return None
     tar, offset, size = image.get("tar"), image.get("offset"), image.get("size")

@@ -133,6 +133,8 @@ class Loop:
 class Evaluation:
     """One evaluation set: COCO-format `annotations` with `images`; `shards`; or `images` with a folder for each class.
 
+    Where shards hold references, `images` is the store with the images, or null: the one that the shards lie in.
+
     With none of them, the test scenes of a recipe that trains on scenes, or the shards that are trained on.
 
     regions: boxes to class names; retrieval: regions to their texts and back; grounding: texts to boxes;

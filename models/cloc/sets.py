@@ -3,12 +3,14 @@
 What cannot be used is left out and counted under a reason of SKIPPED; a set that cannot be used at all is a SetError.
 """
 
+import hashlib
 import json
 import struct
 import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
@@ -25,6 +27,7 @@ from ...transforms.records import Sample
 from ...transforms.shards import decode
 from ...transforms.takedown import Takedown
 from . import metrics
+from .data import reference
 from .options import Evaluation
 
 MAX_PIXELS = 64_000_000
@@ -53,6 +56,7 @@ SKIPPED = {
     "not_an_image": "a file that is no image of an allowed format",
     "decode_error": "an image that cannot be decoded whole",
     "too_many_pixels": f"an image of more than {MAX_PIXELS} pixels",
+    "image_changed": "a referenced image that is not the one that was packed (sha256)",
     "size_differs": "an image whose shape is not the one that its boxes were annotated in",
 }
 
@@ -125,7 +129,9 @@ def open_set(name: str, spec: Evaluation, options: Mapping[str, Any]) -> Source:
         raise SetError(f"{name}: templates: every one needs a {{}} where the class name goes")
     given = {key for key in ("annotations", "images", "shards") if getattr(spec, key)}
     ways: dict[str, Callable[[str, Evaluation, Mapping[str, Any]], Source]]
-    ways = {"images": _class_folders} if spec.kind == "zeroshot" else {"annotations images": _coco, "shards": _shards}
+    ways = {"annotations images": _coco, "shards": _shards, "shards images": _shards}
+    if spec.kind == "zeroshot":
+        ways = {"images": _class_folders}
     for way, read in ways.items():
         if given == set(way.split()):
             source = read(name, spec, options)
@@ -377,9 +383,10 @@ def _class_names(name: str, folder: _Folder, there: set[str]) -> dict[str, str] 
 
 
 class _Member(NamedTuple):
-    """A file's place in a shard."""
+    """A file's place in a tar, `path`, relative to a folder."""
 
-    shard: str
+    folder: _Folder
+    path: str
     start: int
     size: int
 
@@ -387,7 +394,8 @@ class _Member(NamedTuple):
 def _shards(name: str, spec: Evaluation, options: Mapping[str, Any]) -> Source:
     """`*.tar` of a folder in order of their names, or one tar. Read twice: all labels, then the images taken.
 
-    Takedown lists of the store that they lie in are obeyed.
+    References lead into the store `images`, by default the one that the shards lie in, as `<store>/<step>/<fp>`; its
+    takedown lists are obeyed.
     """
     assert spec.shards
     folder = _Folder(name, spec.shards, options)
@@ -404,36 +412,39 @@ def _shards(name: str, spec: Evaluation, options: Mapping[str, Any]) -> Source:
         raise SetError(f"{name}: there are no shards (*.tar) in {spec.shards}: correct the path, or pack first")
     skipped: Counter[str] = Counter()
     samples: dict[str, tuple[_Member, _Member]] = {}
-    fault = partial(_fault, kind=spec.kind, takedown=_takedown(name, folder))
+    store = _Folder(name, spec.images, options) if spec.images else copy(folder)
+    if not spec.images:
+        store.root = folder.root.rpartition("/")[0].rpartition("/")[0]
+    fault = partial(_fault, kind=spec.kind, takedown=_takedown(name, store))
     for tar in tars:
-        _walk(folder, tar, fault, samples, skipped)
+        _walk(folder, tar, store, fault, samples, skipped)
     places = list(samples.values())
-    chosen = [partial(_load_sample, folder, spec.kind, *places[i]) for i in metrics.evenly(len(places), spec.limit)]
+    chosen = [partial(_load_sample, spec.kind, *places[i]) for i in metrics.evenly(len(places), spec.limit)]
     return Source(chosen, (), skipped)
 
 
-def _takedown(name: str, folder: _Folder) -> Takedown:
-    """The lists in `takedown/` beside the step's folder, for shards in `<store>/<step>/<fingerprint>`."""
-    store = folder.root.rpartition("/")[0].rpartition("/")[0]
+def _takedown(name: str, store: _Folder) -> Takedown:
     try:
-        listed = folder.fs.ls(f"{store}/takedown", detail=False) if store else []
+        listed = store.fs.ls(f"{store.root}/takedown", detail=False) if store.root else []
         paths = sorted(path for path in listed if path.endswith(".txt"))
-        return Takedown.parse((path, folder.fs.cat_file(path).decode()) for path in paths)
+        return Takedown.parse((path, store.fs.cat_file(path).decode()) for path in paths)
     except FileNotFoundError:
         return Takedown()
     except (OSError, ValueError) as error:
-        raise SetError(f"{name}: the takedown lists of {store} cannot be read: {_line(error)}") from None
+        raise SetError(f"{name}: the takedown lists of {store.root} cannot be read: {_line(error)}") from None
 
 
 def _walk(
     folder: _Folder,
     tar: str,
+    store: _Folder,
     fault_of: Callable[[bytes], str],
     samples: dict[str, tuple[_Member, _Member]],
     skipped: Counter[str],
 ) -> None:
     """Add the image's and the label's place of a shard's usable samples, by key, in the order of the labels."""
     images: dict[str, _Member] = {}
+    cited: dict[str, _Member] = {}
     labels: dict[str, tuple[_Member, str]] = {}  # with the reason not to use it
     try:
         with folder.fs.open(f"{folder.root}/{tar}", "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
@@ -441,20 +452,24 @@ def _walk(
                 key, _, suffix = info.name.rpartition(".")
                 if suffix not in ("jpg", "json") or not info.isreg() or info.issparse():
                     continue
-                member = _Member(tar, info.offset_data, info.size)
+                member = _Member(folder, tar, info.offset_data, info.size)
                 if key in samples or key in (images if suffix == "jpg" else labels):
                     skipped["duplicate"] += suffix == "json"
                 elif suffix == "jpg":
                     images[key] = member
                 else:
-                    data = archive.extractfile(info)
-                    labels[key] = member, fault_of(data.read() if data and info.size <= MAX_BYTES else b"")
+                    reader = archive.extractfile(info)
+                    data = reader.read() if reader and info.size <= MAX_BYTES else b""
+                    labels[key] = member, fault_of(data)
+                    if not labels[key][1] and (place := reference(json.loads(data).get("image"))):
+                        cited[key] = _Member(store, *place)
             file.seek(archive.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes a damaged header for the end
                 skipped["broken_shard"] += 1
     except (OSError, ValueError, ArithmeticError, LookupError, tarfile.TarError, EOFError, zlib.error):
         skipped["broken_shard"] += 1
     skipped["bad_sample"] += len(images.keys() - labels.keys())
+    images = cited | images
     for key, (member, fault) in labels.items():
         if fault or key not in images:
             skipped[fault or "bad_sample"] += 1
@@ -472,8 +487,8 @@ def _fault(data: bytes, kind: str, takedown: Takedown) -> str:
         return "bad_sample"
 
 
-def _read(folder: _Folder, member: _Member) -> bytes:
-    data = folder.read(member.shard, member.start, member.size) if member.size <= MAX_BYTES else b""
+def _read(member: _Member) -> bytes:
+    data = member.folder.read(member.path, member.start, member.size) if member.size <= MAX_BYTES else b""
     if len(data) != member.size:
         raise Drop("unreadable_image", "cut short, or too large")
     return data
@@ -488,5 +503,8 @@ def _asked(sample: Sample, kind: str) -> Labels:
     return labels
 
 
-def _load_sample(folder: _Folder, kind: str, image: _Member, label: _Member) -> tuple[Image.Image, Labels]:
-    return open_image(_read(folder, image)), _asked(decode(_read(folder, label)), kind)
+def _load_sample(kind: str, image: _Member, label: _Member) -> tuple[Image.Image, Labels]:
+    sample, data = decode(_read(label)), _read(image)
+    if image.folder is not label.folder and hashlib.sha256(data).hexdigest() != sample.sha256:
+        raise Drop("image_changed")
+    return open_image(data), _asked(sample, kind)

@@ -473,6 +473,35 @@ def test_lists_that_cannot_be_used(filled: World, text: bytes | None, says: str)
     assert not (Path(filled.store) / "takedown").exists()
 
 
+@pytest.mark.parametrize("damage", ["cut", "header", "images"])
+def test_damage_is_told_and_what_to_do_about_it(filled: World, damage: str) -> None:
+    """Silence would be worst: a broken header is the end to many readers of tars, and the samples after it are lost."""
+    plan = plans(filled)[0]
+    name, wanted = key(url(filled, 3)), needles(filled, 3, plan)
+    (part,) = [p for p in plan.parts if name in _keys(plan, p)]
+    step = plan.steps[0 if damage == "images" else -1]
+    footer = plan.store.footer(step.table(part))
+    assert footer is not None
+    tar = Path(filled.store, step.folder, footer["tar"]["name"] if "tar" in footer else footer["shards"][0]["name"])
+    whole = tar.read_bytes()
+    at = whole.rindex(b"ustar") if damage == "header" else 0
+    tar.write_bytes(whole[: len(whole) // 3] if damage != "header" else whole[: at - 50] + b"x" * 40 + whole[at - 10 :])
+    removed = filled.run("takedown", listed(filled, name), "--compact")
+    assert removed.returncode == 2, removed.stderr
+    assert "Traceback" not in removed.stderr
+    said = f"{step.folder}/{tar.name} is damaged ("
+    assert said in removed.stderr
+    above = step.table(part) if damage == "images" else step.folder
+    assert f"Remove {above} from the store and run this again" in removed.stderr
+    place = Path(filled.store, above)
+    shutil.rmtree(place) if place.is_dir() else place.unlink()
+    again = filled.run("takedown", listed(filled, name), "--compact")
+    assert again.returncode == 0, again.stderr
+    done = filled.run("run")
+    assert done.returncode == 0, done.stderr
+    assert traces(plan.store, wanted) == []
+
+
 def test_versions_and_what_is_told(filled: World) -> None:
     store = Store(filled.store)
     first = filled.run("takedown", listed(filled, key(url(filled, 3))))

@@ -4,8 +4,10 @@ A picture is black with rectangles of named colours; the `Colours` encoder sees 
 the colour that a text names, so a label that names another colour than the painted one is a mistake of the model.
 """
 
+import hashlib
 import io
 import json
+import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
@@ -476,7 +478,7 @@ def jpeg(image: Image.Image) -> bytes:
 
 
 def pack(path: Path, *members: tuple[str, bytes]) -> None:
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as out:
         for name, data in members:
             add_member(out, name, data)
@@ -522,6 +524,36 @@ def test_pairs_from_shards_take_the_first_caption(tmp_path: Path) -> None:
     assert result["metrics"]["i2t_1"]["value"] == result["metrics"]["t2i_1"]["value"] == 1
     assert sorted(encoder.texts) == ["All blue", "All green", "All red"]
     assert result["skipped"] == {"unlabelled": 1}
+
+
+def test_shards_of_references_find_their_images_in_the_store(tmp_path: Path) -> None:
+    tars = tmp_path / "store" / "download" / "0123456789ab"
+    tars.mkdir(parents=True)
+    with (tars / "part-00000.0123456789abcdef.tar").open("wb") as out:
+        places = [add_member(out, f"{i}.jpg", WIDE) for i in range(2)]
+        end_tar(out)
+    tar = "download/0123456789ab/part-00000.0123456789abcdef.tar"
+
+    def cited(key: str, **place: Any) -> tuple[str, bytes]:
+        document = json.loads(sample(key, HALVES)) | {"sha256": hashlib.sha256(WIDE).hexdigest()}
+        image = {"tar": tar, "offset": places[0], "size": len(WIDE)} | place
+        return f"{key}.json", json.dumps(document | {"image": image}).encode()
+
+    pack(
+        tmp_path / "store" / "pack" / "ba9876543210" / "shard-00000-000.tar",
+        cited("0"), cited("1", offset=places[1]),
+        cited("moved", offset=1), cited("gone", tar=tar.replace("part-00000", "part-00001")),
+        cited("short", offset=10**9), cited("out", tar="../../../etc/passwd"), cited("huge", size=1 << 40),
+    )  # fmt: skip
+    shards = tmp_path / "store" / "pack"
+    skipped = {"image_changed": 1, "missing_image": 1, "unreadable_image": 1, "bad_sample": 2}
+    result = run(Colours(), Evaluation(kind="regions", shards=str(shards / "ba9876543210")))
+    assert result["counts"]["images"] == 2
+    assert result["metrics"]["top1"]["value"] == 1
+    assert result["skipped"] == skipped
+    shutil.copytree(shards / "ba9876543210", tmp_path / "elsewhere")
+    alone = Evaluation(kind="regions", shards=str(tmp_path / "elsewhere"), images=str(tmp_path / "store"))
+    assert run(Colours(), alone) == result
 
 
 def test_hostile_shards(tmp_path: Path) -> None:
