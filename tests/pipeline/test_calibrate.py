@@ -127,6 +127,7 @@ def test_the_command_prints_draws_and_opens_no_model(
     out = capsys.readouterr().out
     assert exit_.value.code == 0
     assert "40 of 40 labelled images are in the store" in out
+    assert "fewer than 100 images" in out
     assert f"{len(labels['annotations'])} labelled boxes" in out
     pasted = yaml.safe_load(out[out.index("# tests.standins:grounder@1") :].replace(str(picture), ""))
     score = pasted["steps"]["select"]["rule"]["score"]
