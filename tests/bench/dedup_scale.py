@@ -102,7 +102,8 @@ def main() -> None:
                 print(f"[{told - start:6.1f} s] {line}", flush=True)
 
         none = dedup._evaluation(store, step, say)
-        dedup._find_copies(store, download, step, parts, none, f"{step.folder}/copies.parquet", asked.memory, say)
+        name = f"{step.folder}/copies.parquet"
+        dedup._find_copies(store, download, step, parts, None, none, name, asked.memory, say)
         seconds, cpu = time.monotonic() - start, time.process_time() - cpu
         stop.set()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
