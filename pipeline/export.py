@@ -25,19 +25,20 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..transforms.captions import visible
+from ..transforms.card import card
 from ..transforms.exports import (
     GRIT,
     HUGGING_FACE,
-    card,
+    Samples,
     coco_captions,
-    coco_image,
+    coco_images,
+    coco_names,
     coco_regions,
     count,
-    grit_rows,
-    hugging_face_row,
+    grit_table,
+    hugging_face_table,
+    tally,
 )
-from ..transforms.found import normalise
-from ..transforms.records import Sample
 from ..transforms.takedown import Takedown
 from .plan import Plan, provenance
 from .run import described
@@ -48,7 +49,8 @@ from .work import Incoming, Job, StaleError, incoming
 
 FORMAT = 1  # of the layouts; another one is never mixed into a folder
 _MARKS = ".vesl-export"
-_BATCH_ROWS, _BATCH_BYTES = 100, 1 << 26
+_BATCH_ROWS, _BATCH_BYTES = 100, 1 << 26  # with their images
+_ROWS = 10_000  # without
 _FILE_BYTES = 500 << 20  # of images in one Parquet file, as the hub advises
 _PARTS = 4  # written at a time: most of a small part's time is waiting for a bucket
 _WRITERS = 16  # images written at a time, of each
@@ -56,7 +58,7 @@ _TOP = 1000  # phrases counted of each part
 _EVERY_S = 5.0
 _COLUMNS = ("url", "alt_text", "sha256", "width", "height", "captions", "phrases", "detections", "verdicts", "select")
 
-Samples = Iterator[list[tuple[Sample, bytes]]]
+Batches = Iterator[tuple[Samples, list[bytes]]]
 Claim = Callable[[Sequence[str]], None]  # called with the names of files before they are written
 
 
@@ -92,63 +94,64 @@ class Source:
         steps = [step.name for step in self.plan.steps]
         return incoming(self.plan.store, self.job, steps.index("select") + 1, part, tuple(dict.fromkeys(columns)))
 
-    def read(self, part: int, images: bool) -> Samples:
-        """A part's samples in batches, with their JPEGs or, unless `images`, with nothing."""
+    def read(self, part: int, images: bool) -> tuple[list[str], Batches]:
+        """A part's keys, and its samples in batches, with their JPEGs or, unless `images`, with none."""
         given = self._rows(part, (*_COLUMNS, *(["image"] if images else []), *(NAMED_BY if self.takedown else [])))
         rows = given.rows.filter(pc.invert(match(given.rows, self.takedown))) if self.takedown else given.rows
+        return rows["key"].to_pylist(), self._batches(rows, given.tar if images else None)
+
+    def _batches(self, rows: pa.Table, tar: str | None) -> Batches:
         first = 0
         while first < len(rows):
-            batch = rows.slice(first, _BATCH_ROWS)
-            if images:
+            batch, blobs = rows.slice(first, _BATCH_ROWS if tar else _ROWS), []
+            if tar:
                 sizes = pc.cumulative_sum(batch["size"].cast(pa.int64()))
                 batch = batch.slice(0, max(1, pc.sum(pc.less_equal(sizes, _BATCH_BYTES)).as_py()))
-            first += len(batch)
-            blobs = [b""] * len(batch)
-            if images:
-                assert given.tar is not None
                 places = zip(batch["offset"].to_pylist(), batch["size"].to_pylist(), strict=True)
-                blobs = self.plan.store.read_ranges(given.tar, [(start, start + size) for start, size in places])
-            yield list(zip(map(Sample.from_row, batch.to_pylist()), blobs, strict=True))
+                blobs = self.plan.store.read_ranges(tar, [(start, start + size) for start, size in places])
+            first += len(batch)
+            yield Samples.of(batch), blobs
 
-    def numbered(self) -> Iterator[tuple[int, Sample]]:
-        """All samples without their images, from 1, in the order of parts and keys."""
-        samples = (sample for part in self.parts for batch in self.read(part, images=False) for sample, _ in batch)
-        return enumerate(samples, 1)
+    def all(self) -> Iterator[Samples]:
+        """All samples without their images, in the order of parts and keys."""
+        return (samples for part in self.parts for samples, _ in self.read(part, images=False)[1])
 
 
 class Coco:
     """COCO's instances and captions: images/KEY.jpg, annotations/instances_default.json and captions_default.json.
 
-    A category is a normalised phrase, the most frequent first, so that labels survive a tool that drops the fields that
-    it does not know. Memory grows with the distinct phrases (and far more for whoever reads such a file).
+    A category is a phrase by `coco_names`, the most frequent first, so that labels survive a tool that drops the fields
+    that it does not know. Memory grows with the distinct phrases (and far more for whoever reads such a file).
     """
 
     images = True
 
-    def write(self, dest: Store, part: int, samples: Samples, claim: Claim) -> None:
+    def write(self, dest: Store, part: int, keys: list[str], batches: Batches, claim: Claim) -> None:
         """Copy the part's images."""
         dest.fs.makedirs(dest.path("images"), exist_ok=True)
+        claim([f"images/{key}.jpg" for key in keys])
         with ThreadPoolExecutor(_WRITERS) as pool:
-            for batch in samples:
-                names = [f"images/{sample.key}.jpg" for sample, _ in batch]
-                claim(names)
-                list(pool.map(dest.fs.pipe_file, map(dest.path, names), [image for _, image in batch]))
+            for samples, images in batches:
+                names = [dest.path(f"images/{key}.jpg") for key in samples.rows["key"].to_pylist()]
+                list(pool.map(dest.fs.pipe_file, names, images))
 
     def finish(self, dest: Store, source: Source, totals: Mapping[str, Any]) -> None:
         """Write the two documents, reading part by part again: once for the categories, and once for what is said."""
-        phrases = Counter(normalise(region.phrase) for _, sample in source.numbered() for region in sample.regions)
-        order = sorted(phrases, key=lambda phrase: (-phrases[phrase], phrase))
-        places = {phrase: i for i, phrase in enumerate(order, 1)}
+        names: Counter[str] = Counter()
+        for samples in source.all():
+            names.update(tally(coco_names(samples.normal)))
+        places = {name: i for i, (name, _) in enumerate(_top(names, len(names)), 1)}
         info = {"description": source.plan.recipe.dataset.name, "select": _select(source.plan)}
         about = {"info": info, "licenses": []}
-        categories = [{"id": i, "name": phrase, "supercategory": "phrase"} for phrase, i in places.items()]
+        categories = [{"id": i, "name": name, "supercategory": "phrase"} for name, i in places.items()]
         with TemporaryFile() as images, TemporaryFile() as regions, TemporaryFile() as captions:
-            region = caption = 1
-            for number, sample in source.numbered():
-                _append(images, [coco_image(number, sample)])
-                _append(regions, coco_regions(number, sample, places, region, caption))
-                _append(captions, coco_captions(number, sample, caption))
-                region, caption = region + len(sample.regions), caption + len(sample.captions)
+            image = region = caption = 1
+            for samples in source.all():
+                _append(images, coco_images(samples, image))
+                _append(regions, coco_regions(samples, places, image, region, caption))
+                _append(captions, coco_captions(samples, image, caption))
+                image, region = image + len(samples), region + len(samples.images)
+                caption += len(samples.texts)
             lists = {"images": images, "annotations": regions, "categories": categories}
             _write_json(dest, "annotations/instances_default.json", {**about, **lists})
             _write_json(dest, "annotations/captions_default.json", {**about, "images": images, "annotations": captions})
@@ -159,15 +162,14 @@ class Grit:
 
     images = False
 
-    def write(self, dest: Store, part: int, samples: Samples, claim: Claim) -> None:
+    def write(self, dest: Store, part: int, keys: list[str], batches: Batches, claim: Claim) -> None:
         """Write the part's table."""
         name = f"data/grit-{part:05d}.parquet"
         claim([name])
         with dest.spool(name) as file:
             with pq.ParquetWriter(file, GRIT, compression="zstd") as writer:
-                for batch in samples:
-                    rows = [row for sample, _ in batch for row in grit_rows(sample)]
-                    writer.write_table(pa.Table.from_pylist(rows, GRIT))
+                for samples, _ in batches:
+                    writer.write_table(grit_table(samples))
             dest.publish(file, name)
         dest.sweep(name)
 
@@ -180,19 +182,18 @@ class HuggingFace:
 
     images = True
 
-    def write(self, dest: Store, part: int, samples: Samples, claim: Claim) -> None:
+    def write(self, dest: Store, part: int, keys: list[str], batches: Batches, claim: Claim) -> None:
         """Write the part's files, a new one where the images of one reach its limit."""
-        batch, number = next(samples, None), 0
+        batch, number = next(batches, None), 0
         while batch is not None:
             name, size = f"data/train-{part:05d}-{number:03d}.parquet", 0
             claim([name])
             with dest.spool(name) as file:
                 with pq.ParquetWriter(file, HUGGING_FACE, compression="zstd") as writer:
                     while batch is not None and size < _FILE_BYTES:
-                        rows = [hugging_face_row(sample, image) for sample, image in batch]
-                        writer.write_table(pa.Table.from_pylist(rows, HUGGING_FACE))
-                        size += sum(len(image) for _, image in batch)
-                        batch = next(samples, None)
+                        writer.write_table(hugging_face_table(*batch))
+                        size += sum(map(len, batch[1]))
+                        batch = next(batches, None)
                 dest.publish(file, name)
             dest.sweep(name)
             number += 1
@@ -324,14 +325,16 @@ def _part(dest: Store, kind: str, source: Source, part: int, state: dict[str, st
             claimed.update(names)
             dest.write_json(mark, {"files": sorted(claimed)})
 
-    def counted(samples: Samples) -> Samples:
-        for batch in samples:
-            for sample, _ in batch:
-                count(sample, counts, phrases)
-            yield batch
+    def counted(batches: Batches) -> Batches:
+        for samples, images in batches:
+            found, said = count(samples)
+            counts.update(found)
+            phrases.update(said)
+            yield samples, images
 
     written = FORMATS[kind]
-    written.write(dest, part, counted(source.read(part, written.images)), claim)
+    keys, batches = source.read(part, written.images)
+    written.write(dest, part, keys, counted(batches), claim)
     for old in sorted(claimed - files):
         dest.remove(old)
     kept = source.plan.done["select"][part]["counts"]["kept"]
@@ -346,8 +349,9 @@ def _digest(values: Iterable[Any]) -> str:
 
 def _append(file: IO[bytes], items: Iterable[Any]) -> None:
     """Add items of a JSON list, one a line."""
-    for item in items:
-        text = json.dumps(item, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False, check_circular=False).encode
+    text = ",\n".join(map(encode, items))
+    if text:
         file.write((b",\n" if file.tell() else b"\n") + text.encode())
 
 

@@ -1,22 +1,21 @@
-"""Samples in the formats of other tools, as plain rows: COCO's JSON, GRIT's columns, a hub's data set with its card.
+"""Samples in the formats of other tools: COCO's JSON, GRIT's columns, a hub's data set (its card is in card.py).
 
-Boxes are x0, y0, x1, y1 in 0..1 of the stored image, as in `Sample`, unless a format wants them otherwise.
+Columns in, columns out, and an object for each row only where JSON wants one. Boxes are x0, y0, x1, y1 in 0..1 of the
+stored image, as in `Sample`, unless a format wants them otherwise.
 """
 
-import html
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import yaml
+import pyarrow.compute as pc
 
-from .captions import visible
-from .found import normalise
-from .records import BOX, CAPTION, Region, Sample
+from .found import Float32, Int64, blocks, normalised, numbers, offsets
+from .records import BOX, CAPTION
 
 # The columns of the released GRIT (Peng et al. 2023, KOSMOS-2, section 2; zzliang/GRIT); COYO's own stay null.
 GRIT = pa.schema(
@@ -80,182 +79,176 @@ HUGGING_FACE = pa.schema(
 )
 
 
-def count(sample: Sample, counts: Counter[str], phrases: Counter[str]) -> None:
-    """Add a sample to the counts of a part, and its normalised phrases to theirs."""
-    counts["images"] += 1
-    counts["captions"] += len(sample.captions)
-    counts["regions"] += len(sample.regions)
-    counts["without_regions"] += not sample.regions
-    counts["pairs"] += len({region.caption for region in sample.regions})
-    counts["caption_words"] += sum(len(caption.text.split()) for caption in sample.captions)
-    counts["phrase_words"] += sum(len(region.phrase.split()) for region in sample.regions)
-    phrases.update(normalise(region.phrase) for region in sample.regions)
+@dataclass(frozen=True)
+class Samples:
+    """Some samples in columns, and what select kept of them: by image, in falling score.
 
-
-def coco_image(number: int, sample: Sample) -> dict[str, Any]:
-    """An image of a COCO document."""
-    about = {name: getattr(sample, name) for name in ("width", "height", "key", "url", "sha256")}
-    return {"id": number, "file_name": f"{sample.key}.jpg", **about}
-
-
-def coco_regions(
-    image: int, sample: Sample, categories: Mapping[str, int], first: int, caption: int
-) -> list[dict[str, Any]]:
-    """An image's annotations, numbered from `first`; its captions are numbered from `caption`.
-
-    `bbox` is x, y, width, height in pixels of the stored image, rounded to 0.001; `score` to 0.000001. `phrase` is as
-    it stands in the caption, `category_id` that of the phrase as `normalise` has it.
+    rows: key, url, sha256, width, height, alt_text, captions, select. texts: string, all their captions; row i owns
+    firsts[i] .. firsts[i + 1] of them, int64 [rows + 1]. Of each region: images, int64 [n], its row; boxes, float32
+    [n, 4]; scores, float32 [n]; phrases, string [n], as they stand in the caption; normal, string [n], as `normalised`
+    has them; captions, int64 [n], index in its row's captions; spans, int64 [n, 2], the phrase's characters there.
     """
-    return [
-        {
-            "id": number,
-            "image_id": image,
-            "category_id": categories[normalise(region.phrase)],
-            **_bbox(region, sample),
-            "phrase": region.phrase,
-            "score": round(region.score, 6),
-            "caption_id": caption + region.caption,
-            "span": list(region.span),
-        }
-        for number, region in enumerate(sample.regions, first)
-    ]
+
+    rows: pa.Table
+    texts: pa.StringArray
+    firsts: Int64
+    images: Int64
+    boxes: Float32
+    scores: Float32
+    phrases: pa.StringArray
+    normal: pa.StringArray
+    captions: Int64
+    spans: Int64
+
+    @staticmethod
+    def of(rows: pa.Table) -> "Samples":
+        """Choose the regions of one row or more of the joined columns, and `select`, the fingerprint.
+
+        Raises ValueError where the columns do not fit each other.
+        """
+        detections, verdicts, phrases, captions, width, height = (
+            rows[name].combine_chunks() for name in ("detections", "verdicts", "phrases", "captions", "width", "height")
+        )
+        if not np.array_equal(offsets(detections), offsets(verdicts)):
+            raise ValueError("not every detection has its verdict")
+        [(_, _, found)] = blocks(detections, width, height, phrases, None, len(rows))
+        kept = np.flatnonzero(np.asarray(pc.equal(verdicts.flatten(), "kept")))
+        regions = found.take(kept[np.lexsort((-found.scores[kept], found.images[kept]))])
+        places, firsts, spans = regions.rows, offsets(captions), phrases.flatten()
+        cited = regions.of_phrase(regions.captions, -1)
+        if np.any((places < 0) | (cited < 0) | (cited >= np.diff(firsts)[regions.images])):
+            raise ValueError("a region cites a phrase or a caption that is not there")
+        return Samples(
+            rows=rows.set_column(rows.column_names.index("alt_text"), "alt_text", pc.fill_null(rows["alt_text"], "")),
+            texts=pc.struct_field(captions.flatten(), "text"),
+            firsts=firsts,
+            images=regions.images,
+            boxes=regions.boxes,
+            scores=regions.scores,
+            phrases=regions.texts.take(pa.array(places)),
+            normal=regions.normal.take(pa.array(places)),
+            captions=cited,
+            spans=np.stack([numbers(pc.struct_field(spans, end), np.int64, -1)[places] for end in ("start", "end")], 1),
+        )
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
-def coco_captions(image: int, sample: Sample, first: int) -> list[dict[str, Any]]:
-    """An image's captions as annotations, numbered from `first`."""
-    return [
-        {"id": number, "image_id": image, "caption": caption.text, "model": caption.model}
-        for number, caption in enumerate(sample.captions, first)
-    ]
-
-
-def _bbox(region: Region, sample: Sample) -> dict[str, Any]:
-    x0, y0, x1, y1 = (v * side for v, side in zip(region.box, (sample.width, sample.height) * 2, strict=True))
-    box = [round(v, 3) for v in (x0, y0, x1 - x0, y1 - y0)]
-    return {"bbox": box, "area": round((x1 - x0) * (y1 - y0), 3), "segmentation": [], "iscrowd": 0}
-
-
-def grit_rows(sample: Sample) -> Iterator[dict[str, Any]]:
-    """A row for each caption that has regions; an item is [start, end, x0, y0, x1, y1, score] (GRIT)."""
-    about = {"key": sample.key, "url": sample.url, "width": sample.width, "height": sample.height}
-    for i, caption in enumerate(sample.captions):
-        chunks = [[*r.span, *r.box, r.score] for r in sample.regions if r.caption == i]
-        if chunks:
-            yield {**about, "caption": caption.text, "noun_chunks": chunks, "ref_exps": chunks}
-
-
-def hugging_face_row(sample: Sample, image: bytes) -> dict[str, Any]:
-    """A sample with its JPEG (HUGGING_FACE)."""
-    return {"image": {"bytes": image, "path": f"{sample.key}.jpg"}, **asdict(sample)}
-
-
-def escaped(text: str) -> str:
-    """Text from strangers within Markdown: no markup, no HTML, no link, no line break, nothing that turns it around."""
-    return re.sub(r"([\\`*_{}\[\]()#+\-.!|~>@:/])", r"\\\1", html.escape(visible(text), quote=False))
-
-
-def card(name: str, totals: Mapping[str, Any], recipe: Any, chain: Sequence[Mapping[str, Any]]) -> str:
-    """The data card of a data set, in Markdown: front matter for the hub, statistics, licences, limits, recipe.
-
-    totals: what `count` counted, and `top`: the most frequent phrases with their counts. recipe: JSON; chain: the steps
-    as `index.json` has them.
-    """
-    images, regions, captions = (max(1, totals.get(name, 0)) for name in ("images", "regions", "captions"))
-    front = {
-        "pretty_name": name,
-        "license": "other",
-        "task_categories": ["zero-shot-object-detection", "image-to-text"],
-        "size_categories": [_size(totals["images"])],
-        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*.parquet"}]}],
+def count(samples: Samples) -> tuple[Counter[str], Counter[str]]:
+    """What is counted of samples, and how often each normalised phrase is there."""
+    regions = np.bincount(samples.images, minlength=len(samples))
+    counts = {
+        "images": len(samples),
+        "captions": len(samples.texts),
+        "regions": len(samples.images),
+        "without_regions": int((regions == 0).sum()),
+        "pairs": len(np.unique(samples.firsts[samples.images] + samples.captions)),
+        "caption_words": _words(normalised(samples.texts)),
+        "phrase_words": _words(samples.normal),
     }
-    numbers = {
-        "images": f"{totals['images']:,}",
-        "images without a region": f"{totals.get('without_regions', 0):,}",
-        "captions": f"{totals.get('captions', 0):,}",
-        "words per caption": f"{totals.get('caption_words', 0) / captions:.1f}",
-        "regions": f"{totals['regions']:,}",
-        "regions per image": f"{totals['regions'] / images:.2f}",
-        "words per region": f"{totals.get('phrase_words', 0) / regions:.1f}",
-    }
-    models = sorted({str(v) for stage in chain for v in _models(stage["options"])})
-    text = json.dumps({"recipe": recipe, "chain": chain}, indent=2, ensure_ascii=True)
-    return _CARD.format(
-        front=yaml.safe_dump(front, sort_keys=False, allow_unicode=False),
-        name=escaped(name),
-        numbers="\n".join(f"| {name} | {number} |" for name, number in numbers.items()),
-        phrases="\n".join(f"| {escaped(phrase)} | {count:,} |" for phrase, count in totals["top"]),
-        models="\n".join(f"- {escaped(model)}" for model in models),
-        recipe=text.replace("`", "\\u0060").replace("<", "\\u003c"),
+    return Counter(counts), tally(samples.normal)
+
+
+def tally(texts: pa.StringArray) -> Counter[str]:
+    """How often each text is there."""
+    return Counter({one["values"]: one["counts"] for one in pc.value_counts(texts).to_pylist()})
+
+
+def _words(normal: pa.StringArray) -> int:
+    return int(
+        (numbers(pc.count_substring(normal, " "), np.int64, 0) + numbers(pc.not_equal(normal, ""), bool, 0)).sum()
     )
 
 
-def _models(options: Any) -> Iterator[str]:
-    """Every `model` (or tagger) that is named anywhere in a step's options."""
-    for key, value in options.items() if isinstance(options, dict) else ():
-        if key in ("model", "tagger") and isinstance(value, str):
-            yield value
-        for inner in value if isinstance(value, list | tuple) else [value]:
-            yield from _models(inner)
+def coco_names(normal: pa.StringArray) -> pa.StringArray:
+    """Categories of normalised phrases: what they are, for tools that make labels of their own of them.
+
+    Label Studio's importer writes them into XML as they are, so there are no marks of XML (nor control characters) in
+    them; CVAT's labels are at most 64 characters long.
+    """
+    plain = normal
+    for mark, other in {'"': "'", "&": "+", "<": "(", ">": ")"}.items():
+        plain = pc.replace_substring(plain, mark, other)
+    plain = pc.replace_substring_regex(plain, r"[\x00-\x1f\x7f\x{fffe}\x{ffff}]", "\ufffd")
+    return pc.utf8_trim_whitespace(pc.utf8_slice_codeunits(plain, 0, 64))
 
 
-def _size(images: int) -> str:
-    limits = {1_000: "1K", 10_000: "10K", 100_000: "100K", 1_000_000: "1M", 10_000_000: "10M", 100_000_000: "100M"}
-    names = ["n<1K", *(f"{a}<n<{b}" for a, b in zip(limits.values(), [*list(limits.values())[1:], "1B"], strict=True))]
-    return [*names, "n>1B"][sum(images >= limit for limit in (*limits, 1_000_000_000))]
+def coco_images(samples: Samples, first: int) -> Iterator[dict[str, Any]]:
+    """Images of a COCO document, numbered from `first`."""
+    for number, row in enumerate(samples.rows.select(["width", "height", "key", "url", "sha256"]).to_pylist(), first):
+        yield {"id": number, "file_name": f"{row['key']}.jpg", **row}
 
 
-_CARD = """---
-{front}---
+def coco_regions(
+    samples: Samples, categories: Mapping[str, int], image: int, first: int, caption: int
+) -> Iterator[dict[str, Any]]:
+    """Regions as annotations, numbered from `first`; images are numbered from `image`, captions from `caption`.
 
-# {name}
+    `bbox` is x, y, width, height in pixels of the stored image, rounded to 0.001; `score` to 0.000001. `phrase` is as
+    it stands in the caption, `category_id` that of its name by `coco_names`.
+    """
+    sides = np.stack([numbers(samples.rows[name].combine_chunks(), np.float64, 0) for name in ("width", "height")], 1)
+    corner, other = np.hsplit(samples.boxes * np.tile(sides, 2)[samples.images], 2)
+    size = other - corner
+    columns = (
+        samples.images + image,
+        [categories[name] for name in coco_names(samples.normal).to_pylist()],
+        np.concatenate([corner, size], axis=1).round(3),
+        size.prod(axis=1).round(3),
+        samples.phrases,
+        samples.scores.astype(np.float64).round(6),
+        samples.firsts[samples.images] + samples.captions + caption,
+        samples.spans,
+    )
+    names = ("image_id", "category_id", "bbox", "area", "phrase", "score", "caption_id", "span")
+    values = zip(*(column if isinstance(column, list) else column.tolist() for column in columns), strict=True)
+    for number, row in enumerate(values, first):
+        yield {"id": number, **dict(zip(names, row, strict=True)), "segmentation": [], "iscrowd": 0}
 
-Images from the web, each with captions, noun phrases cut from them, and a box for each phrase, made by VESL: an open
-implementation of the labelling pipeline of Chen et al., Contrastive Localized Language-Image Pre-Training
-(arXiv 2410.02746). No person has checked these labels.
 
-    from datasets import load_dataset
-    data = load_dataset("this folder", split="train")
+def coco_captions(samples: Samples, image: int, first: int) -> Iterator[dict[str, Any]]:
+    """Captions as annotations, numbered from `first`; images are numbered from `image`."""
+    owners = np.repeat(np.arange(image, image + len(samples)), np.diff(samples.firsts)).tolist()
+    said = samples.rows["captions"].combine_chunks().flatten().to_pylist()
+    for number, (owner, caption) in enumerate(zip(owners, said, strict=True), first):
+        yield {"id": number, "image_id": owner, "caption": caption["text"], "model": caption["model"]}
 
-## Statistics
 
-| what | number |
-|---|---|
-{numbers}
+def grit_table(samples: Samples) -> pa.Table:
+    """A row for each caption that has regions; an item is [start, end, x0, y0, x1, y1, score] (GRIT)."""
+    pairs = samples.firsts[samples.images] + samples.captions
+    order = np.argsort(pairs, kind="stable")
+    values = np.concatenate([samples.spans, samples.boxes, samples.scores[:, None]], axis=1, dtype=np.float64)[order]
+    said, begins = np.unique(pairs[order], return_index=True)
+    items = pa.ListArray.from_arrays(_int32(np.arange(len(values) + 1) * 7), pa.array(values.reshape(-1)))
+    chunks = pa.ListArray.from_arrays(_int32([*begins, len(values)]), items)
+    about = samples.rows.take(pa.array(samples.images[order][begins]))
+    given = {**{name: about[name] for name in ("key", "url", "width", "height")}, "noun_chunks": chunks}
+    given |= {"ref_exps": chunks, "caption": samples.texts.take(pa.array(said))}
+    return pa.table([given.get(f.name, pa.nulls(len(said), f.type)).cast(f.type) for f in GRIT], schema=GRIT)
 
-The most frequent phrases (in lower case; counted over the 1,000 most frequent of each part):
 
-| phrase | regions |
-|---|---|
-{phrases}
+def hugging_face_table(samples: Samples, images: Sequence[bytes]) -> pa.Table:
+    """Samples with their JPEGs (HUGGING_FACE)."""
+    item = HUGGING_FACE.field("regions").type.value_type
+    boxes, spans = (
+        pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1), kind.value_type), type=kind)
+        for values, kind in ((samples.boxes, item.field("box").type), (samples.spans, item.field("span").type))
+    )
+    captions = pa.array(samples.captions, pa.int32())
+    regions = pa.StructArray.from_arrays(
+        [boxes, samples.phrases, pa.array(samples.scores), captions, spans], fields=item
+    )
+    ends = np.searchsorted(samples.images, np.arange(len(samples) + 1))
+    names = pc.binary_join_element_wise(samples.rows["key"].combine_chunks(), ".jpg", "")
+    image = HUGGING_FACE.field("image").type
+    given = {
+        "image": pa.StructArray.from_arrays([pa.array(images, pa.binary()), names], fields=list(image)),
+        "regions": pa.ListArray.from_arrays(_int32(ends), regions),
+    }
+    return pa.table([given.get(f.name) or samples.rows[f.name] for f in HUGGING_FACE], schema=HUGGING_FACE)
 
-## Columns
 
-- `image`: an upright RGB JPEG without EXIF, as it was normalised after the download; `width`, `height`: its pixels;
-  `sha256`: of its bytes.
-- `key`: of the normalised `url`; `alt_text`: the caption of the web page, empty where there was none.
-- `captions`: `text`, and the `model` that wrote it.
-- `regions`, in falling score: `box` is x0, y0, x1, y1 in 0..1 of the image, x right, y down; `phrase` stands in
-  `captions[caption].text[span[0]:span[1]]`; `score` is the detector's and no probability.
-- `select`: the fingerprint of the filter that decided.
-
-## Licences
-
-The images and the texts found with them belong to whoever published them at their URLs; nothing here grants a licence
-to them. Captions and boxes were made by the models below, each under terms of its own that may bind their output too:
-
-{models}
-
-## Limits
-
-- Links, images and texts are as the web had them: expect offensive, private, mistaken and mislabelled content.
-- A box is a guess of a model above a threshold. An object without a box is not absent, and counts are no counts.
-- Captions of models describe things that are not there; a phrase is only as good as its caption.
-- The languages, places and people of the web are not those of the world.
-- Requests for removal reach whoever publishes this folder; exported again after `vesl takedown`, it is without them.
-
-## Recipe
-
-```json
-{recipe}
-```
-"""
+def _int32(values: Any) -> pa.Array:
+    return pa.array(np.asarray(values, np.int32))

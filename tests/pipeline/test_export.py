@@ -233,6 +233,21 @@ def _dies(world: World, kind: str, dest: Path, limit: int, monkeypatch: pytest.M
     return True
 
 
+def test_images_of_a_killed_export_are_taken_down_too(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy, dest = tmp_path / "store", tmp_path / "out"
+    shutil.copytree(world.store, copy)
+    assert not _dies(world, "coco", dest, 10, monkeypatch)
+    written = [path.stem for path in (dest / "images").glob("*.jpg") if path.stat().st_size]
+    assert written
+    (copy / "takedown").mkdir()
+    (copy / "takedown/00001.txt").write_text("\n".join(written))
+    totals = export(make_plan(world.load(f"store={copy}")), "coco", str(dest))
+    assert totals["taken_down"] == len(written)
+    assert not {path.stem for path in (dest / "images").iterdir()} & set(written)
+
+
 def test_a_real_kill(world: World, tmp_path: Path) -> None:
     export(make_plan(world.load()), "coco", str(tmp_path / "whole"))
     command = world.command("export", "coco", str(tmp_path / "killed"))
