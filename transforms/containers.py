@@ -16,11 +16,15 @@ MAX_SCANS = 100  # real progressive JPEGs have about ten; each scan costs a pass
 
 
 class Core(NamedTuple):
-    """What of a file goes to the decoder; `plain` is a JPEG that every decoder reads (baseline or progressive)."""
+    """What of a file goes to the decoder; `plain` is a JPEG that every decoder reads (baseline or progressive).
+
+    `animated` says of a GIF or PNG that more frames were cut off; decoders of WebP and AVIF count them themselves.
+    """
 
     data: bytes
     exif: bytes = b""
     plain: bool = False
+    animated: bool = False
 
 
 def sniff(data: bytes) -> str:
@@ -96,12 +100,14 @@ def _kept(marker: int, body: bytes) -> bytes:
 
 def _clean_png(data: bytes) -> Core:
     """Keep the chunks of the still image, their checksums verified; text and animation go."""
-    out, at = [data[:8]], 8
+    out, at, animated = [data[:8]], 8, False
     while at + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
         chunk, at = data[at : at + 12 + length], at + 12 + length
         if at > len(data):
             break
+        if kind == b"acTL" and length == 8:
+            animated = int.from_bytes(chunk[8:12]) > 1
         if kind not in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"iCCP", b"eXIf", b"IEND"):
             continue
         if zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:]):
@@ -109,7 +115,7 @@ def _clean_png(data: bytes) -> Core:
         elif not kind[0] & 0x20:  # an upper-case letter marks a chunk that one cannot do without
             raise Drop("decode_error", f"PNG checksum of {kind.decode()}")
         if kind == b"IEND":
-            return Core(b"".join(out))
+            return Core(b"".join(out), animated=animated)
     raise Drop("decode_error", "truncated PNG")
 
 
@@ -126,7 +132,17 @@ def _clean_gif(data: bytes) -> Core:
         raise Drop("decode_error", "GIF without a frame")
     start, colours = at, data[at + 9]
     at += 10 + (3 << (colours & 7) + 1 if colours & 0x80 else 0) + 1  # descriptor, palette, code size
-    return Core(screen + control + data[start : _skip_blocks(data, at)] + b";")
+    end = _skip_blocks(data, at)
+    return Core(screen + control + data[start:end] + b";", animated=_frame_follows(data, end))
+
+
+def _frame_follows(data: bytes, at: int) -> bool:
+    try:
+        while data[at] == 0x21:
+            at = _skip_blocks(data, at + 2)
+        return data[at] == 0x2C
+    except IndexError:  # cut off behind the first frame, which is whole
+        return False
 
 
 def _skip_blocks(data: bytes, at: int) -> int:

@@ -52,6 +52,11 @@ def phash(jpeg: bytes) -> int | None:
     return int(np.packbits(waves > np.median(waves)).view(">i8")[0])
 
 
+def distance(a: int | None, b: int | None) -> int | None:
+    """In how many bits two hashes differ; None where one is not known."""
+    return None if a is None or b is None else ((a ^ b) & (1 << BITS) - 1).bit_count()
+
+
 def bands(count: int, distance: int, above: int = 0) -> int:
     """Into how many bands to deal the bits so that a search among `count` hashes is least work; see `masks`.
 

@@ -7,11 +7,13 @@ opened directly: `Image.open` would add its own, process-wide pixel limit, and f
 import hashlib
 import io
 import math
+import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from PIL import AvifImagePlugin as Avif
@@ -24,9 +26,13 @@ from PIL import WebPImagePlugin as WebP
 
 from .containers import CLEANERS, orientation, sniff
 from .hashes import phash
+from .options import added
 from .outcomes import Drop
 
 MAX_ICC_BYTES = 1 << 20  # of a profile carried over when re-encoding; a larger one is applied instead
+MAX_JPEG_SIDE_PX = 65_500  # libjpeg's own limit
+# Less than half of Lanczos' time; about as near to its result as the area average of OpenCV (within 3 dB either way).
+_FILTER = Image.Resampling.HAMMING
 
 # What Pillow and lcms raise on hostile bytes; MemoryError is not among them, it belongs to the machine.
 _PILLOW_ERRORS: tuple[type[Exception], ...] = (OSError, SyntaxError, ValueError, LookupError, TypeError, EOFError)
@@ -51,6 +57,54 @@ _UPRIGHT = {  # EXIF orientation -> what makes the image upright
 }
 
 
+class Fit(NamedTuple):
+    """Where a picture goes. All in pixels; the source is upright, or turned with everything else."""
+
+    box: tuple[float, float, float, float]  # x0, y0, x1, y1 of what is kept of the source
+    size: tuple[int, int]  # width, height that it is scaled to
+    canvas: tuple[int, int]  # of the stored image
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """The picture's left and top in the stored image, whose other pixels are white."""
+        return (self.canvas[0] - self.size[0]) // 2, (self.canvas[1] - self.size[1]) // 2
+
+
+@dataclass(frozen=True)
+class Resize:
+    """How large an image is stored. Which of its sides is measured, and becomes `side_px`, depends on `mode`:
+
+    - `keep_ratio`: the longer side; the whole picture stays (img2dataset: keep_ratio_largest)
+    - `keep_ratio_shorter`: the shorter side; the whole picture stays (img2dataset: keep_ratio)
+    - `pad`: the longer side; white borders then make a square, with the picture in its middle (img2dataset: border)
+    - `crop`: the shorter side; of the longer, the middle is kept, so that it is a square (img2dataset: center_crop)
+    - `none`: no side; the image keeps its size
+
+    Boxes of later steps are of the stored image, borders included; `fit` of the source's size says where the picture
+    lies in it. Raises ValueError for a side that no JPEG has.
+    """
+
+    side_px: int = 1024
+    mode: Literal["keep_ratio", "keep_ratio_shorter", "pad", "crop", "none"] = "keep_ratio"
+    only_if_larger: bool = True  # an image whose measured side is within side_px stays as it is; else it is scaled up
+
+    def __post_init__(self) -> None:
+        if not 16 <= self.side_px <= MAX_JPEG_SIDE_PX:
+            raise ValueError(f"side_px: {self.side_px} is not between 16 and {MAX_JPEG_SIDE_PX}")
+
+    def fit(self, width: int, height: int) -> Fit:
+        """Where a source of this size goes."""
+        whole, side, short = (0.0, 0.0, float(width), float(height)), self.side_px, min(width, height)
+        measured = max(width, height) if self.mode in ("keep_ratio", "pad") else short
+        if self.mode == "none" or (self.only_if_larger and measured <= side):
+            return Fit(whole, (width, height), (width, height))
+        if self.mode == "crop":
+            x, y = (width - short) / 2, (height - short) / 2
+            return Fit((x, y, x + short, y + short), (side, side), (side, side))
+        size = (max(1, round(width * side / measured)), max(1, round(height * side / measured)))
+        return Fit(whole, size, (side, side) if self.mode == "pad" else size)
+
+
 @dataclass(frozen=True)
 class ImageRule:
     """Options that can change a stored image. Limits on sides and pixels are of the source, read from its header.
@@ -58,19 +112,26 @@ class ImageRule:
     Raises ValueError for a value that no rule can mean.
     """
 
-    max_side_px: int = 1024  # longer images are scaled down, aspect kept (never up)
+    resize: Resize = Resize()
     min_side_px: int = 32
     max_aspect: float = 10.0  # long side / short side
     max_pixels: int = 64_000_000  # decoding takes about 16 bytes a pixel at worst
     quality: int = 92  # of the JPEG where re-encoding is needed
+    animated: Literal["first_frame", "drop"] = "first_frame"  # what is stored of a GIF, WebP, APNG or AVIF that moves
+    max_side_px: int | None = added(None)  # an older name of resize.side_px, and soon None
 
     def __post_init__(self) -> None:
         limits = {"max_side_px": 16, "min_side_px": 1, "max_aspect": 1, "max_pixels": 1, "quality": 1}
         for name, least in limits.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: {getattr(self, name)} is less than {least}")
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name}: {value} is less than {least}")
         if self.quality > 95:  # above it, JPEG files only grow
             raise ValueError(f"quality: {self.quality} is more than 95")
+        if self.max_side_px is not None:
+            if self.resize.side_px not in (Resize.side_px, self.max_side_px):
+                raise ValueError("max_side_px: is another name of resize.side_px; leave one of them out")
+            object.__setattr__(self, "resize", replace(self.resize, side_px=self.max_side_px))
+            object.__setattr__(self, "max_side_px", None)  # so that both spellings have one fingerprint
 
 
 @dataclass(frozen=True)
@@ -91,7 +152,7 @@ class StoredImage:
 def normalise(data: bytes, rule: ImageRule) -> StoredImage:
     """Make the stored image. The same bytes, rule and Pillow version give the same result; safe in threads.
 
-    Raises Drop: not_an_image, decode_error, too_many_pixels, too_small, bad_aspect.
+    Raises Drop: not_an_image, decode_error, animated, too_many_pixels, too_small, bad_aspect.
     """
     name = sniff(data)
     with _decoding():
@@ -99,29 +160,27 @@ def normalise(data: bytes, rule: ImageRule) -> StoredImage:
         image = _OPENERS[name](io.BytesIO(core.data), "")
     if name == "BMP" and image.info["compression"] in (1, 2):
         raise Drop("not_an_image", "run-length coded BMP")  # its decoder is slow Python: an easy way to hold a worker
-    _check_size(image.size, rule)
+    if rule.animated == "drop" and (core.animated or (name in ("WEBP", "AVIF") and getattr(image, "n_frames", 1) > 1)):
+        raise Drop("animated", name)
+    fit = rule.resize.fit(*image.size)
+    _check_size(image.size, fit.canvas, rule)
     turn = orientation(core.exif or image.info.get("exif") or b"")
     source_size = image.size if turn < 5 else image.size[::-1]
-    scale = min(1.0, rule.max_side_px / max(image.size))
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     with _decoding():
-        if isinstance(image, Jpeg.JpegImageFile):
-            image.draft(None, size)  # scales by 2, 4 or 8 while decoding, never below `size`
+        fits = core.plain and image.mode == "RGB" and turn == 1 and fit.size == fit.canvas == image.size
+        box = _draft(image, fit)
         image.load()
-        if core.plain and image.mode == "RGB" and turn == 1 and scale == 1.0:
-            jpeg = core.data
-        else:
-            rgb, icc = _rgb(image, size)
-            if turn in _UPRIGHT:
-                rgb = rgb.transpose(_UPRIGHT[turn])
-            size = rgb.size
-            buffer = io.BytesIO()
-            rgb.save(buffer, "JPEG", quality=rule.quality, icc_profile=icc)
-            jpeg = buffer.getvalue()
+        rgb, icc = (None, None) if fits else _rgb(image, box, fit.size)
+    if rgb is None:
+        jpeg, size = core.data, image.size
+    else:
+        rgb = _bordered(rgb.transpose(_UPRIGHT[turn]) if turn in _UPRIGHT else rgb, fit)
+        jpeg, size = _encoded(rgb, rule.quality, icc), rgb.size
+    with _decoding():
         near = phash(jpeg)
-    return StoredImage(
-        jpeg, hashlib.sha256(jpeg).hexdigest(), hashlib.sha256(data).hexdigest(), name, *source_size, *size, near
-    )
+    source = hashlib.sha256(data).hexdigest()
+    stored = source if jpeg == data else hashlib.sha256(jpeg).hexdigest()
+    return StoredImage(jpeg, stored, source, name, *source_size, *size, near)
 
 
 def decode(jpeg: bytes) -> Image.Image:
@@ -150,7 +209,7 @@ def _decoding() -> Iterator[None]:
         raise Drop("decode_error", f"{type(error).__name__}: {error}") from error
 
 
-def _check_size(size: tuple[int, int], rule: ImageRule) -> None:
+def _check_size(size: tuple[int, int], stored: tuple[int, int], rule: ImageRule) -> None:
     short, long = sorted(size)
     detail = f"{size[0]}x{size[1]}"
     if short * long > rule.max_pixels:
@@ -159,14 +218,48 @@ def _check_size(size: tuple[int, int], rule: ImageRule) -> None:
         raise Drop("too_small", detail)
     if long > rule.max_aspect * short:
         raise Drop("bad_aspect", detail)
+    if max(stored) > MAX_JPEG_SIDE_PX or stored[0] * stored[1] > rule.max_pixels:  # scaled up, or too long for a JPEG
+        raise Drop("too_many_pixels", f"{detail}, to be stored as {stored[0]}x{stored[1]}")
 
 
-def _rgb(image: Image.Image, size: tuple[int, int]) -> tuple[Image.Image, bytes | None]:
-    """Scale a loaded image of any mode to `size` and bring it to RGB; also the colour profile that then applies."""
+def _draft(image: ImageFile.ImageFile, fit: Fit) -> tuple[float, float, float, float]:
+    """Let a JPEG scale by 2, 4 or 8 while it is decoded, never below what is wanted; return where the box then is."""
+    if isinstance(image, Jpeg.JpegImageFile):
+        width, x0, y0, x1, y1 = image.width, *fit.box
+        wanted = math.ceil(width * fit.size[0] / (x1 - x0)), math.ceil(image.height * fit.size[1] / (y1 - y0))
+        if drafted := image.draft(None, wanted):
+            by = width / drafted[1][2]
+            return x0 / by, y0 / by, x1 / by, y1 / by
+    return fit.box
+
+
+def _bordered(image: Image.Image, fit: Fit) -> Image.Image:
+    if fit.size == fit.canvas:
+        return image
+    x, y = fit.place
+    canvas = Image.new("RGB", fit.canvas, "white")
+    canvas.paste(image, (x, y) if image.size == fit.size else (y, x))  # turned by a quarter, as the square is
+    return canvas
+
+
+def _encoded(image: Image.Image, quality: int, icc: bytes | None) -> bytes:
+    # Only while it encodes into a file of the system does Pillow let other threads run.
+    memory = hasattr(os, "memfd_create")
+    file: BinaryIO
+    with open(os.memfd_create("jpeg"), "w+b", buffering=0) if memory else io.BytesIO() as file:
+        image.save(file, "JPEG", quality=quality, icc_profile=icc)
+        file.seek(0)
+        return file.read()
+
+
+def _rgb(
+    image: Image.Image, box: tuple[float, float, float, float], size: tuple[int, int]
+) -> tuple[Image.Image, bytes | None]:
+    """Scale the box of a loaded image of any mode to `size`, bring it to RGB; also the colour profile that applies."""
     icc = image.info.get("icc_profile") or b""
     image = _widen(image)
-    if image.size != size:
-        image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    if image.size != size or box != (0, 0, *size):
+        image = image.resize(size, _FILTER, box, reducing_gap=2.0)
     space = {"CMYK": b"CMYK", "L": b"GRAY", "LA": b"", "RGB": b"RGB ", "RGBA": b"RGB "}[image.mode]
     if image.mode in ("LA", "RGBA"):
         white = Image.new("RGBA", size, "white")
@@ -181,7 +274,7 @@ def _rgb(image: Image.Image, size: tuple[int, int]) -> tuple[Image.Image, bytes 
             return converted or image.convert("RGB"), None
         except _PILLOW_ERRORS:
             pass  # not a profile after all
-    return image.convert("RGB"), None
+    return image if image.mode == "RGB" else image.convert("RGB"), None
 
 
 def _widen(image: Image.Image) -> Image.Image:
@@ -193,8 +286,8 @@ def _widen(image: Image.Image) -> Image.Image:
         image.info["transparency"] = tuple(level >> 8 for level in see_through)  # of a 16-bit PNG, read as 8 bits
     if image.mode == "RGBA" and image.format == "BMP" and image.getchannel("A").getextrema() == (0, 0):
         return image.convert("RGB")  # an unused fourth byte, not transparency
-    if image.mode in ("LA", "RGBA", "CMYK"):
-        return image
     if see_through is not None or image.mode in ("PA", "La", "RGBa"):
-        return image.convert("RGBA")
-    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+        return image if image.mode in ("LA", "RGBA") else image.convert("RGBA")
+    if image.mode in ("L", "LA", "RGB", "RGBA", "CMYK"):
+        return image  # `convert` would copy it
+    return image.convert("L" if image.mode == "1" else "RGB")

@@ -57,8 +57,15 @@ REASONS: dict[str, dict[str, Reason]] = {
         "too_slow": Reason("failed", "the whole fetch took longer than the limit", transient=True),
         "redirect_loop": Reason("failed", "more redirects than the limit"),
         "empty": Reason("failed", "a body of zero bytes"),
+        "archive_missing": Reason("failed", "the archive that ingest read, or the image in it, is not there"),
+        "archive_damaged": Reason("failed", "the archive is broken where the image should be"),
+        "archive_unreadable": Reason(
+            "failed", "reading the archive failed (class and message in the detail)", transient=True
+        ),
         "too_large": Reason("rejected", "more bytes than the limit"),
+        "hash_mismatch": Reason("rejected", "other bytes than the list's digest names: poisoned, or changed since"),
         "not_an_image": Reason("rejected", "no image of an allowed format"),
+        "animated": Reason("rejected", "more than one frame, and the recipe drops what moves"),
         "decode_error": Reason("failed", "an image that cannot be decoded whole (truncated or corrupt)"),
         "too_many_pixels": Reason("rejected", "more pixels than the limit"),
         "too_small": Reason("rejected", "a side shorter than the limit"),

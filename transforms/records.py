@@ -4,6 +4,7 @@ A row is spread over the steps' Parquet files, joined by key and position. `Samp
 and for the shard's JSON; hot code works on the columns.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,19 @@ import pyarrow as pa
 KEY = pa.field("key", pa.string(), nullable=False)  # 24 hex digits of sha256(normalised URL)
 
 INPUT = pa.schema([KEY, ("url", pa.string()), ("alt_text", pa.string()), ("source", pa.string()), ("row", pa.int64())])
+# Where an image lies that needs no download: `path` (a local path or an fsspec URL) is a tar or a folder that holds
+# `member` with the ending of an image format, or a Parquet file that has it in its row `row`. The other one is null.
+ARCHIVED = pa.struct([("path", pa.string()), ("member", pa.string()), ("row", pa.int64())])
+# What an input table has beside INPUT, in this order, where the recipe names such a column or the source is an archive.
+# What is expected is of the bytes as downloaded; hex digits are in lower case; null where the list says nothing usable.
+INPUT_MORE = pa.schema(
+    [
+        ("expected_sha256", pa.string()),
+        ("expected_md5", pa.string()),
+        ("expected_phash", pa.int64()),  # the 64 bits, as a signed number
+        ("archived", ARCHIVED),
+    ]
+)
 
 # Every step's table starts with these; `reason` and `detail` are null where the row is kept.
 OUTCOME = [
@@ -68,6 +82,7 @@ ADDS: dict[str, pa.Schema] = {
             ("offset", pa.int64()),  # of the JPEG's first byte in the tar that the footer names
             ("size", pa.int32()),  # in bytes
             ("phash", pa.int64()),  # perceptual hash of the JPEG as stored; null where it has hardly any structure
+            ("drift_bits", pa.int16()),  # of a row kept with other bytes than expected: how far phash is from expected
         ]
     ),
     "dedup": pa.schema([]),
@@ -80,6 +95,11 @@ ADDS: dict[str, pa.Schema] = {
     "select": pa.schema([("verdicts", pa.list_(pa.string()))]),
     "pack": pa.schema([("shard", pa.string()), ("position", pa.int32())]),
 }
+
+
+def input_schema(names: Collection[str]) -> pa.Schema:
+    """The columns of an input table, of which some of INPUT_MORE are among `names`."""
+    return pa.schema([*INPUT, *(field for field in INPUT_MORE if field.name in names)])
 
 
 def step_schema(step: str) -> pa.Schema:

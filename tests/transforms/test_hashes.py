@@ -10,6 +10,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageEnhance
 
 from tests.photos import photo
+from vesl.transforms import hashes
 from vesl.transforms.hashes import BITS, MAX_DISTANCE, MOST_BANDS, bands, masks, phash
 from vesl.transforms.images import ImageRule, normalise
 
@@ -33,14 +34,20 @@ def jpeg(image: Image.Image, quality: int = 92) -> bytes:
 
 
 def distance(a: int | None, b: int | None) -> int:
-    assert a is not None
-    assert b is not None
-    return ((a ^ b) & (1 << BITS) - 1).bit_count()
+    bits = hashes.distance(a, b)
+    assert bits is not None
+    return bits
 
 
 def cropped(image: Image.Image, share: float) -> Image.Image:
     x, y = round(image.width * share), round(image.height * share)
     return image.crop((x, y, image.width - x, image.height - y))
+
+
+def test_distances_of_signed_numbers() -> None:
+    for a, b, bits in ((0, -1, 64), (-1, -1, 0), (1 << 62, -1 << 63, 2), (-1, (1 << 63) - 1, 1), (5, 6, 2)):
+        assert hashes.distance(a, b) == hashes.distance(b, a) == bits
+    assert hashes.distance(None, 1) is hashes.distance(1, None) is hashes.distance(None, None) is None
 
 
 @pytest.mark.parametrize(

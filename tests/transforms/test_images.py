@@ -567,10 +567,10 @@ def _seeds() -> list[bytes]:
 SEEDS = _seeds()
 
 
-def survives(data: bytes) -> None:
+def survives(data: bytes, rule: ImageRule = ImageRule(max_pixels=200_000, min_side_px=1)) -> None:  # noqa: B008
     """Any bytes end as a good stored image or as a Drop of the closed list."""
     try:
-        stored = normalise(data, ImageRule(max_pixels=200_000, min_side_px=1))
+        stored = normalise(data, rule)
     except Drop as drop:
         assert drop.reason in REASONS["download"]  # noqa: PT017  (most examples end here, some do not)
     else:
