@@ -4,7 +4,7 @@ Published parts never change, so another try is another part. Only rows of which
 what their first attempts had already (an image, a caption) is made anew.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..transforms.outcomes import reason_of
-from ..transforms.records import INPUT
+from ..transforms.records import input_schema
 from .ingest import claim, connect, input_tables, publish, read_dataset, scratch_folder
 from .plan import Plan
 from .recipe import RecipeError
@@ -20,7 +20,6 @@ from .stage import fingerprint
 from .store import to_json
 from .takedown import match, obeyed
 
-_STAGED = pa.schema([*INPUT, ("part", pa.int64())])
 _LATER = pa.schema([("key", pa.string()), ("part", pa.int64())])
 
 
@@ -52,12 +51,17 @@ def retry(plan: Plan) -> dict[str, Any] | None:
             return None
         counts = dict.fromkeys(("duplicate_url", "no_url", "malformed", "taken_down"), 0)
         entry = {"id": identity, "retry": True, "files": [], "first": first, "parts": parts, "rows": kept, "kept": kept}
-        entry |= counts | {"dataset": about}
+        entry |= counts | {"dataset": about} | ({"more": more} if (more := _more(dataset)) else {})
         place = claim(len(dataset["ingests"]))
         if store.create(place, to_json(entry)) or store.read_json(place) == entry:
             store.write_json("dataset.json", {**dataset, "ingests": [*dataset["ingests"], entry]})
             return entry
     return None
+
+
+def _more(dataset: Mapping[str, Any]) -> list[str]:
+    """What input tables have beside INPUT, in one ingest at least."""
+    return sorted({name for ingest in dataset["ingests"] for name in ingest.get("more", ())})
 
 
 def _failed(plan: Plan) -> Iterator[tuple[tuple[int, str], dict[str, list[str]]]]:
@@ -78,10 +82,11 @@ def _stage(
 ) -> None:
     """Write the rows to be tried again to `rows.parquet`, as an ingest does."""
     takedown = obeyed(plan.store)
+    schema = input_schema(_more(dataset)).append(pa.field("part", pa.int64()))
     steps = {step.name: step for step in plan.steps}
-    with pq.ParquetWriter(f"{scratch}/failed.parquet", _STAGED) as writer:
+    with pq.ParquetWriter(f"{scratch}/failed.parquet", schema) as writer:
         for (part, name), reasons in tables.items():
-            rows = plan.store.read_table(name, INPUT.names)
+            rows = plan.store.read_table(name)
             wanted = pa.repeat(False, len(rows))
             for step, mine in reasons.items():
                 table = plan.store.read_table(steps[step].table(part), ["key", "reason"])
@@ -89,7 +94,11 @@ def _stage(
                 wanted = pc.or_(wanted, pc.is_in(rows["key"].combine_chunks(), failed.combine_chunks()))
             rows = rows.filter(wanted)
             rows = rows.filter(pc.invert(match(rows, takedown))) if takedown else rows
-            writer.write_table(rows.append_column(_STAGED.field("part"), pa.repeat(part, len(rows))).cast(_STAGED))
+            rows = rows.append_column("part", pa.repeat(part, len(rows)))
+            for field in schema:
+                if field.name not in rows.column_names:
+                    rows = rows.append_column(field, pa.nulls(len(rows), field.type))
+            writer.write_table(rows.select(schema.names).cast(schema))
     with pq.ParquetWriter(f"{scratch}/later.parquet", _LATER) as writer:
         for ingest in dataset["ingests"]:  # other ingests have no key of an earlier one
             for part, name in enumerate(input_tables({"ingests": [ingest]}), ingest["first"]):

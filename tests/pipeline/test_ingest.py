@@ -288,3 +288,110 @@ def test_a_store_belongs_to_one_data_set(tmp_path: Path) -> None:
         take(store, str(tmp_path / "a.parquet"), caption_column=None)
     with pytest.raises(IngestError, match="no file matches"):
         take(store, str(tmp_path / "nothing-*.parquet"))
+
+
+def only(tmp_path: Path, name: str, text: str, **options: Any) -> list[dict[str, Any]]:
+    (tmp_path / name).write_text(text)
+    store = Store(str(tmp_path / f"store-{name}"))
+    dataset = take(store, str(tmp_path / name), rows_per_part=100, **options)
+    return rows(store, dataset)
+
+
+KNOWN = {  # the columns of the data sets, as their publishers write them
+    "LAION": "SAMPLE_ID,URL,TEXT,HEIGHT,WIDTH,LICENSE,NSFW,similarity",
+    "COYO": "id,url,text,width,height,image_phash,text_length",
+    "DataComp": "uid,url,text,original_width,original_height,sha256",
+    "Recap-DataComp": "url,re_caption,org_caption,sha256,key,re_clip_score",
+    "img2dataset": "key,url,caption,status,error_message",
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_columns_of_known_data_sets_are_found(tmp_path: Path, name: str) -> None:
+    names = KNOWN[name].split(",")
+    cells = {"url": "http://a.example/1", "text": "a dog", "caption": "a dog", "re_caption": "a dog"}
+    line = ",".join(cells.get(column.lower(), "0") for column in names)
+    (row,) = only(tmp_path, "a.csv", f"{KNOWN[name]}\n{line}\n", url_column=None, caption_column=None)
+    assert (row["url"], row["alt_text"]) == ("http://a.example/1", "a dog")
+    assert set(row) == {"key", "url", "alt_text", "source", "row"}
+
+
+def test_lists_of_several_spellings_meet_in_one_store(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("URL,TEXT\nhttp://a/1,one\n")
+    (tmp_path / "b.jsonl").write_text('{"url":"http://a/2","caption":"two"}\n{"url":"http://a/1","caption":"again"}\n')
+    store = Store(str(tmp_path / "store"))
+    auto = {"url_column": None, "caption_column": None}
+    dataset = take(store, str(tmp_path / "*"), **auto)
+    assert {row["url"]: row["alt_text"] for row in rows(store, dataset)} == {"http://a/1": "one", "http://a/2": "two"}
+    assert take(store, str(tmp_path / "*"), **auto) == dataset
+
+
+@pytest.mark.parametrize(
+    ("header", "options", "says"),
+    [
+        ("link,alt", {}, "dataset.url_column: name a column; {} has none that is known to be it: link, alt"),
+        ("URL,image_url,alt", {}, "dataset.url_column: name a column; {} has several that may be it: URL, image_url"),
+        ("url,alt,text", {}, "dataset.caption_column: name a column; {} has several that may be it: alt, text"),
+        ("url,alt", {"hash_columns": ("sha", None, None)}, "dataset.sha256_column: {} has no column 'sha'"),
+    ],
+)
+def test_columns_that_are_not_clear(tmp_path: Path, header: str, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(IngestError) as caught:
+        only(tmp_path, "a.csv", f"{header}\n", url_column=None, caption_column=None, **options)
+    assert says.format(tmp_path / "a.csv") in str(caught.value)
+
+
+def test_a_store_filled_before_spellings_were_known_gets_no_captions_now(tmp_path: Path) -> None:
+    """It has the columns that a recipe without any meant then: `url`, and no captions."""
+    (tmp_path / "a.csv").write_text("url,text\nhttp://a/1,one\n")
+    store = Store(str(tmp_path / "store"))
+    old = take(store, str(tmp_path / "*.csv"), url_column="url", caption_column=None)
+    assert old["columns"] == ["url", None]
+    (tmp_path / "b.csv").write_text("url,text\nhttp://a/2,two\n")
+    new = take(store, str(tmp_path / "*.csv"), url_column=None, caption_column=None)
+    assert [row["alt_text"] for row in rows(store, new)] == [None, None]
+    named = take(Store(str(tmp_path / "named")), str(tmp_path / "*.csv"), url_column="url", caption_column="text")
+    assert take(Store(str(tmp_path / "half")), str(tmp_path / "*.csv"), url_column=None, caption_column="text") == named
+
+
+HASHES = [
+    ("A" * 64, "b" * 32, "ffffffffffffffff"),
+    (" " + "c" * 64, "nonsense", "0000000000000010"),
+    ("", "", ""),
+]
+
+
+def test_expected_hashes(tmp_path: Path) -> None:
+    columns = ("sha", "md5", "p")
+    lines = [f"http://a/{i},{','.join(cells)}" for i, cells in enumerate(HASHES)]
+    found = only(tmp_path, "a.csv", "\n".join(["url,sha,md5,p", *lines]), caption_column=None, hash_columns=columns)
+    by_url = {row["url"][-1]: [row[f"expected_{k}"] for k in ("sha256", "md5", "phash")] for row in found}
+    assert by_url == {"0": ["a" * 64, "b" * 32, -1], "1": ["c" * 64, None, 16], "2": [None, None, None]}
+    store = Store(str(tmp_path / "store-a.csv"))
+    assert store.read_json("dataset.json")["ingests"][0]["bad_hash"] == 1
+    assert store.read_json("dataset.json")["columns"] == ["url", None, *columns]
+    (row,) = only(
+        tmp_path, "b.csv", "url,md5\nhttp://a/0," + "b" * 32, caption_column=None, hash_columns=(None, "md5", None)
+    )
+    assert {name for name in row if name.startswith("expected")} == {"expected_md5"}
+
+
+def test_perceptual_hashes_as_numbers(tmp_path: Path) -> None:
+    options = {"caption_column": None, "hash_columns": (None, None, "p")}
+    (tmp_path / "a").mkdir()
+    for i, kind in enumerate((pa.int64(), pa.uint64())):
+        values = [-1, 16] if kind == pa.int64() else [2**64 - 1, 16]
+        table = pa.table({"url": ["http://a/0", "http://a/1"], "p": pa.array(values, kind)})
+        pq.write_table(table, tmp_path / "a" / f"{i}.parquet")
+        store = Store(str(tmp_path / f"store{i}"))
+        found = rows(store, take(store, str(tmp_path / "a" / f"{i}.parquet"), **options))
+        assert {row["url"][-1]: row["expected_phash"] for row in found} == {"0": -1, "1": 16}
+    found = only(
+        tmp_path, "a.jsonl", '{"url":"http://a/0","p":-1}\n{"url":"http://a/1","p":"0000000000000010"}', **options
+    )
+    assert {row["url"][-1]: row["expected_phash"] for row in found} == {"0": -1, "1": 16}
+
+
+def test_a_column_without_any_hash_is_no_column_of_hashes(tmp_path: Path) -> None:
+    with pytest.raises(IngestError, match=r"a.csv has no hash of its kind in the columns of md5_column"):
+        only(tmp_path, "a.csv", "url,md5\nhttp://a/1,dog\n", caption_column=None, hash_columns=(None, "md5", None))
