@@ -10,6 +10,7 @@ import socket
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from contextvars import ContextVar
 from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_address, ip_network
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,10 @@ _REFUSED: tuple[Network, ...] = (
     ip_network("3fff::/20"),  # documentation; global to some Pythons
 )
 _SOCKET_BYTES, _BUFFER_BYTES = 1 << 16, 1 << 14  # of what came and was not read yet, of each of a thousand
+_IDLE_S = 2.0  # that a connection waits for the next request of its host
 _LOOK_UPS = 256  # at a time: each has a thread, and the resolver must keep up
+
+opened_for: ContextVar[list[int]] = ContextVar("opened_for")  # a request's own list: the sockets made for it
 
 
 def is_blocked(address: str, allowed: Sequence[Network] = ()) -> bool:
@@ -53,18 +57,24 @@ def open_session(
     """Open a session on the running loop that connects to public addresses and those `allowed`, and to no others.
 
     Connecting to another raises aiohttp.ClientConnectorError with BLOCKED in its text. No cookies, no proxies, no
-    decompression, no second try, and one connection for each request.
+    decompression and no second try. A connection stays open for another request to its host (a requester that wants it
+    closed says so in its headers); its address was judged, so those that it serves later need no look-up.
     """
+    from asyncio import sslproto
+
     import aiohttp
     from aiohttp.abc import AbstractResolver, ResolveResult
 
     places = asyncio.Semaphore(_LOOK_UPS)
+    sslproto.SSLProtocol.max_size = _SOCKET_BYTES  # else 256 KiB for each connection
 
     def open_socket(info: Any) -> socket.socket:
         family, kind, protocol, _, address = info
         if is_blocked(address[0], allowed):
             raise PermissionError(errno.EACCES, f"{BLOCKED} {address[0]}")
         opened = socket.socket(family, kind, protocol)
+        if (made := opened_for.get(None)) is not None:
+            made.append(opened.fileno())
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SOCKET_BYTES)  # else it grows to megabytes
         return opened
 
@@ -92,7 +102,7 @@ def open_session(
             resolver=Resolver(),
             socket_factory=open_socket,
             ttl_dns_cache=300,  # the address is checked at every connection, so a changed answer gains nothing
-            force_close=True,  # URLs come in the order of a hash: hosts seldom repeat, and idle sockets would pile up
+            keepalive_timeout=_IDLE_S,
         ),
         timeout=aiohttp.ClientTimeout(sock_connect=connect_timeout_s, sock_read=read_timeout_s),
         cookie_jar=aiohttp.DummyCookieJar(),

@@ -224,6 +224,7 @@ class Fetcher(Generic[T]):
                     target, place, left_s, lambda size: self._memory.take(row, size), flight
                 )
                 if isinstance(found, Fetched):
+                    self._memory.landed(row)
                     http = {**found.http, "user_agent": self._rule.agent, "robots_txt": robots}
                     return await self._loop.run_in_executor(self._threads, used, replace(found, http=http))
             target = found
@@ -270,7 +271,9 @@ class Fetcher(Generic[T]):
                         limit.reschedule((limit.when() or 0.0) + waited_s)
 
                     most = self._rule.max_bytes if flight else _FILE_BYTES
-                    found = await ask(self._session, target, most, self._may_read if flight else None, wait)
+                    found = await ask(
+                        self._session, target, most, self._may_read if flight else None, wait, self._hosts.awaited(host)
+                    )
             except RefusedError as refused:
                 self._hosts.refused(host, refused, retry_after(refused.after))
                 raise Drop(refused.reason, refused.detail) from None
@@ -321,16 +324,19 @@ def cores() -> int:
 
 
 def _file_limit(wanted: int) -> int:
-    """How many connections may be open; the process's limit on open files is raised as far as it takes and goes."""
+    """How many requests may be in flight; the process's limit on open files is raised as far as it takes and goes.
+
+    Each may have left an idle connection behind.
+    """
     try:
         import resource
     except ImportError:  # no such limit on Windows
         return wanted
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    need = wanted + _SPARE_FILES
+    need = 2 * wanted + _SPARE_FILES
     if soft != resource.RLIM_INFINITY and soft < need:
         soft = need if hard == resource.RLIM_INFINITY else min(need, hard)
         with suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - _SPARE_FILES))
+    return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, (soft - _SPARE_FILES) // 2))

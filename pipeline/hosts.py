@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
-from ..transforms.outcomes import Drop
+from ..transforms.outcomes import Drop, reason_of
 
 _LINGER_S = 0.02  # after a connection, before the next: a busy server learns of the end later than we do
 _PAUSE_S, _PAUSE_MOST_S = 1.0, 60.0  # where a host does not say how long it wants to be left alone; doubled each time
@@ -23,6 +23,10 @@ _OURS = (  # reason, its usual share of the rows at most, where to look
     ("connect_timeout", 0.25, "the way out (firewall, NAT table, too many connections: lower fetch.concurrency)"),
     ("connect_refused", 0.25, "the way out (a firewall or proxy that refuses connections)"),
 )
+_THEN = {
+    True: "`vesl run RECIPE --retry failed`",
+    False: "download the list into another store (--retry failed leaves alone what counts as gone for good)",
+}
 _KNOWN = 10_000  # hosts before those with nothing to remember are forgotten
 
 
@@ -79,6 +83,10 @@ class Hosts:
         finally:
             host.users -= 1
 
+    def awaited(self, name: str) -> bool:
+        """Whether another row asks the host too: a connection is worth keeping, and is this worker's alone to keep."""
+        return self._hosts[name].users > 1 and (self.concurrency or self.workers) >= self.workers
+
     def refused(self, name: str, drop: Drop, asked_s: float | None) -> None:
         """The host answered that it is too much: leave it alone for `asked_s`, or ever longer where it does not say."""
         host, now = self._hosts[name], asyncio.get_running_loop().time()
@@ -125,7 +133,7 @@ def network_hint(rows: int, failed: Mapping[str, int]) -> str | None:
         if rows >= _JUDGED_FROM and (count := failed.get(reason, 0)) > share * rows:
             return (
                 f"download: {count:,} of {rows:,} rows ended as {reason}, more than a dead web explains: "
-                f"look at {cause} first, then fetch the failed rows again"
+                f"look at {cause} first, then {_THEN[reason_of('download', reason).transient]}"
             )
     return None
 

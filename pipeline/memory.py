@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_EXPECTED = 1 << 16  # bytes that a request is counted with from its start: the connection's own buffers
+_CONNECTION = 128 << 10  # bytes that a request is counted with beside its body: a piece in hand, and one behind it
 
 
 _Queue = list[tuple[int, asyncio.Future[None]]]  # a heap
@@ -42,7 +42,7 @@ class Memory:
 
     async def begin(self, row: int) -> None:
         """Wait until the row may ask a server. It must not hold a turn or a place yet."""
-        await self._hold(row, _EXPECTED - self._rows[row].held, self._outside, self._first, self._inside)
+        await self._hold(row, _CONNECTION - self._rows[row].held, self._outside, self._first, self._inside)
 
     @contextmanager
     def flight(self, row: int) -> Iterator[None]:
@@ -60,8 +60,14 @@ class Memory:
         """Wait until a row in flight may hold `size` more bytes of its body; return the seconds waited."""
         start, state = time.monotonic(), self._rows[row]
         state.got += size
-        await self._hold(row, state.got - state.held, self._inside, self._first_flying)
+        await self._hold(row, state.got + _CONNECTION - state.held, self._inside, self._first_flying)
         return time.monotonic() - start
+
+    def landed(self, row: int) -> None:
+        """The row's connection is closed; its body stays."""
+        state = self._rows[row]
+        self.give(state.held - state.got)
+        state.held = state.got
 
     def empty(self, row: int) -> None:
         """The row begins anew."""

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..transforms.outcomes import Drop
-from .connect import BLOCKED
+from .connect import BLOCKED, opened_for
 
 if TYPE_CHECKING:
     import aiohttp
     from multidict import CIMultiDictProxy
+    from yarl import URL
 
+_CLOSE = {"Connection": "close"}
 _DETAIL_CHARS = 300
 _STORED = {  # header -> column of the `http` struct
     "ETag": "etag",
@@ -49,15 +51,17 @@ async def ask(
     max_bytes: int,
     may_read: Callable[["CIMultiDictProxy[str]"], None] | None,
     take: Callable[[int], Awaitable[None]],
+    keep_open: bool = False,
 ) -> Fetched | str:
     """GET a parsed URL; return the body, or where it redirects to.
 
-    `may_read` looks at the headers of a good answer first, and may raise Drop; `take` is called with the size in bytes
-    of each piece of the body before it is kept, and may wait. Raises Drop; RefusedError for 429 and 503.
+    With `keep_open`, the connection stays for the host's next request once the body is read whole. `may_read` looks at
+    the headers of a good answer first, and may raise Drop; `take` is called with the size in bytes of each piece of the
+    body before it is kept, and may wait. Raises Drop; RefusedError for 429 and 503.
     """
     from yarl import URL
 
-    response = await session.get(URL(url, encoded=True), allow_redirects=False)
+    response = await _get(session, URL(url, encoded=True), {} if keep_open else _CLOSE)
     try:
         location = response.headers.get("Location")
         if response.status in (301, 302, 303, 307, 308) and location:
@@ -73,6 +77,22 @@ async def ask(
         return Fetched(body, url, printable(response.headers.get("Content-Type", "")), http)
     finally:
         response.close()
+
+
+async def _get(session: "aiohttp.ClientSession", url: "URL", headers: dict[str, str]) -> "aiohttp.ClientResponse":
+    """Ask on an idle connection to the host, or on a new one where there is none or the server closed it meanwhile."""
+    import aiohttp
+
+    while True:
+        opened: list[int] = []
+        opened_for.set(opened)
+        try:
+            return await session.get(url, headers=headers, allow_redirects=False)
+        except aiohttp.ClientConnectorError:
+            raise
+        except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
+            if opened:  # it was a new one
+                raise
 
 
 def parse(url: str, base: str | None = None) -> str:

@@ -1,4 +1,4 @@
-"""The download step: rows/s, CPU seconds a row, and peak memory above the imports; by hand.
+"""The download step: rows/s, CPU seconds a row, and peak memory above the interpreter; by hand.
 
     python tests/bench/fetch_speed.py [--rows 2000] [--delay 0.2] [--failing 0.1] [--silent 0.005] [--threads 14]
 
@@ -18,6 +18,7 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
+from subprocess import PIPE
 
 import pyarrow as pa
 
@@ -32,6 +33,7 @@ from vesl.transforms.records import INPUT
 
 PHOTOS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 SIDES = (512, 800, 1024, 1600, 2400, 4000)
+PART = "input/x/part-00000.parquet"
 HEAD = b"HTTP/1.1 %d -\r\nContent-Length: %d\r\nContent-Type: image/jpeg\r\nConnection: close\r\n\r\n"
 
 
@@ -69,6 +71,7 @@ async def serve(delay_s: float, failing: float, silent: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--delay", type=float, default=0.2)
     parser.add_argument("--failing", type=float, default=0.1)
@@ -77,44 +80,59 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--threads", type=int, default=14)
     given = parser.parse_args()
+    if given.measure:
+        return measure(given.measure, given)
     if given.serve:
         return asyncio.run(serve(given.delay, given.failing, given.silent))
     server = subprocess.Popen([sys.executable, *sys.argv, "--serve"], stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
-        measure(f"http://127.0.0.1:{int(server.stdout.readline())}", given)
+        with tempfile.TemporaryDirectory() as folder:
+            prepare(folder, f"http://127.0.0.1:{int(server.stdout.readline())}", given.rows)
+            subprocess.run([sys.executable, *sys.argv, "--measure", folder], check=True)
     finally:
         server.kill()
 
 
-def measure(url: str, given: argparse.Namespace) -> None:
-    """One part through the step."""
-    options = {"allow_networks": ("127.0.0.1/32",), "read_timeout_s": 5.0}
-    if "host_concurrency" in FetchRule.__dataclass_fields__:
-        options["host_concurrency"] = None
-    step = Step(Download(ImageRule(max_side_px=given.side), FetchRule(**options)), "input")
-    count = given.rows
-    columns = {"key": [f"{n:024x}" for n in range(count)], "url": [f"{url}/{n}" for n in range(count)]}
-    nothing = {"alt_text": [""] * count, "source": ["a"] * count, "row": range(count)}
-    with tempfile.TemporaryDirectory() as folder:
-        store = Store(folder)
-        store.create("input/x/part-00000.parquet", encode_table(pa.table({**columns, **nothing}, schema=INPUT), {}))
-        job = Job(
-            folder, {}, (step,), ("input/x/part-00000.parquet",),
-            {"download": given.batch}, {"download": given.threads}, 60.0,
-        )  # fmt: skip
-        before, start, cpu = rss_mib(), time.monotonic(), time.process_time()
-        footer, _ = run_part(job, 0, 0, lambda stage: stage.open(), Attempt())
-        seconds, cpu = time.monotonic() - start, time.process_time() - cpu
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"{count} rows: {count / seconds:.0f} rows/s, {1000 * cpu / count:.1f} ms CPU a row, ", end="")
-    print(f"peak {peak - before:.0f} MiB above {before:.0f} MiB of imports; {footer['counts']}", flush=True)
+def prepare(folder: str, url: str, rows: int) -> None:
+    """A store with one part of that many URLs."""
+    columns = {"key": [f"{n:024x}" for n in range(rows)], "url": [f"{url}/{n}" for n in range(rows)]}
+    nothing = {"alt_text": [""] * rows, "source": ["a"] * rows, "row": range(rows)}
+    table = encode_table(pa.table({**columns, **nothing}, schema=INPUT), {})
+    Store(folder).create(PART, table)
+
+
+def measure(folder: str, given: argparse.Namespace) -> None:
+    """One part through the step, in a process that does nothing else."""
+    rule = FetchRule(allow_networks=("127.0.0.1/32",), read_timeout_s=5.0, host_concurrency=None)
+    step = Step(Download(ImageRule(max_side_px=given.side), rule), "input")
+    batch, threads = {"download": given.batch}, {"download": given.threads}
+    job = Job(folder, {}, (step,), (PART,), batch, threads, 60.0)
+    before, start, cpu = rss_mib(), time.monotonic(), time.process_time()
+    footer, _ = run_part(job, 0, 0, lambda stage: stage.open(), Attempt())
+    seconds, cpu = time.monotonic() - start, time.process_time() - cpu
+    peak, bare = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, interpreter_mib()
+    print(f"{given.rows} rows: {given.rows / seconds:.0f} rows/s, {1000 * cpu / given.rows:.1f} ms CPU a row, ", end="")
+    print(f"peak {peak - bare:.0f} MiB above the interpreter, {before - bare:.0f} of them imports; {footer['counts']}")
+    sys.stdout.flush()
     os._exit(0)  # nobody waits for connections that never answer
 
 
-def rss_mib() -> float:
-    """Resident memory of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
+def rss_mib(process: int | str = "self") -> float:
+    """Resident memory of a process."""
+    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
+
+
+def interpreter_mib() -> float:
+    """Resident memory of a Python that does nothing."""
+    with subprocess.Popen(
+        [sys.executable, "-i", "-c", "print(1, flush=True)"], stdin=PIPE, stdout=PIPE, stderr=PIPE
+    ) as idle:
+        assert idle.stdout is not None
+        idle.stdout.readline()
+        found = rss_mib(idle.pid)
+        idle.communicate(b"\n")
+    return found
 
 
 if __name__ == "__main__":

@@ -69,6 +69,20 @@ def test_bodies_in_memory_are_bounded(server: WebServer, fetchers: Callable[...,
     assert 8_000_000 < most <= (8 << 20) + 11 * size  # and the first batch, which nothing holds up
 
 
+def test_a_body_that_is_read_counts_without_its_connection(
+    server: WebServer, fetchers: Callable[..., Fetcher[int]]
+) -> None:
+    held: list[int] = []
+
+    def use(fetched: Fetched) -> int:
+        held.append(fetcher._memory.held)
+        return 0
+
+    fetcher = fetchers(RULE, use)
+    assert fetcher.submit([server.add("/", bytes(300_000))]).result() == [0]
+    assert held == [300_000]
+
+
 def test_a_batch_that_nobody_wants_is_given_up(server: WebServer, fetchers: Callable[..., Fetcher[int]]) -> None:
     fetcher = fetchers(replace(RULE, buffer_mib=1))
     ended = threading.Event()

@@ -87,6 +87,54 @@ def test_one_busy_host_does_not_hold_up_another(server: WebServer) -> None:
         fetcher.close()
 
 
+def stays(peer: web.Peer) -> None:
+    """Answer one request after the other with its own path, until one asks for the connection to be closed."""
+    request = b""
+    while request := (peer.connection.recv(65536) if request else peer.request):
+        path = request.split(b" ", 2)[1]
+        peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(path) + path)
+        if b"connection: close" in request.lower():
+            return
+
+
+def leaves(peer: web.Peer) -> None:
+    """Close the connection after an answer that does not say so, when the next request is there already."""
+    peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nx")
+    peer.connection.recv(1)
+
+
+def says_more(peer: web.Peer) -> None:
+    """Send a second answer that nobody asked for."""
+    peer.send(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nx" * 2)
+    peer.wait(0.3)
+
+
+def test_rows_of_one_host_share_its_connections(server: WebServer) -> None:
+    paths = [f"/{n}" for n in range(30)]
+    rule = replace(RULE, host_concurrency=2)
+    results = fetch_all([server.add(path, stays) for path in paths], rule, lambda fetched: fetched.body.decode())
+    assert results == paths
+    assert server.connections <= 2 + 1  # the first row knew of no other
+
+
+def test_a_connection_that_nobody_waits_for_is_closed(server: WebServer, tmp_path: Path) -> None:
+    fetch_all([server.add("/alone", stays)], RULE, keep)
+    fetcher = Fetcher(replace(RULE, host_concurrency=2), keep, place=Place(Store(str(tmp_path)), 3))  # nor where others
+    assert outcomes(fetcher.submit([server.add(f"/{n}", stays) for n in range(3)]).result()) == ["kept"] * 3
+    fetcher.close()
+    assert server.connections == 4
+    assert all(b"connection: close" in request.lower() for request in server.requests)
+
+
+@pytest.mark.parametrize("end", [leaves, says_more])
+def test_a_kept_connection_that_fails_costs_no_row(server: WebServer, end: web.Handler) -> None:
+    urls = [server.add(f"/{n}", end if n % 2 == 0 else stays) for n in range(20)]
+    results = fetch_all(urls, replace(RULE, host_concurrency=1), lambda fetched: fetched.body.decode())
+    assert results[1::2] == [f"/{n}" for n in range(1, 20, 2)]
+    assert all(found in ("x", f"/{n}") for n, found in enumerate(results))  # "/n": on a connection that stays
+    assert "x" in results
+
+
 def busy_once(seconds: object) -> web.Handler:
     """Ask for patience the first time."""
     asked: list[float] = []
