@@ -29,7 +29,8 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a key of the recipe")
         return command
 
-    add("plan", "show the resolved chain and what is missing; writes nothing")
+    plan = add("plan", "show the resolved chain, what is missing, and what it will cost; writes nothing")
+    plan.add_argument("--sample", type=int, metavar="N", help="time N rows in what is missing, beside the store")
     run = add("run", "do what is missing; running again resumes")
     run.add_argument("--until", choices=STEPS, help="stop after this step")
     run.add_argument("--retry", choices=["failed"], help="try again what failed by a fault that may pass")
@@ -97,7 +98,7 @@ def _run(options: argparse.Namespace) -> int:
     from .lists import IngestError
     from .recipe import RecipeError, load, load_training
     from .run import OverLimitError
-    from .store import StoreError
+    from .store import StoreError, StoreFault
     from .takedown import TakedownError
 
     try:
@@ -123,7 +124,7 @@ def _run(options: argparse.Namespace) -> int:
     except OverLimitError as error:
         print(f"vesl: {error}", file=sys.stderr)
         return 3
-    except (ModelError, EngineError) as error:
+    except (ModelError, EngineError, StoreFault) as error:
         print(f"vesl: {error}", file=sys.stderr)
         return 1
     except OSError as error:  # a full disk, a store that went away
@@ -146,9 +147,17 @@ def _command(options: argparse.Namespace, recipe: "Recipe") -> int:
         last = plan.steps[-1]
         console.print(f"results: {plan.store.url.rstrip('/')}/{last.folder}", highlight=False, soft_wrap=True)
         return 0 if complete else 1
+    if options.command == "plan" and options.sample is not None and options.sample < 1:
+        print(f"vesl: --sample {options.sample}: is not a positive number", file=sys.stderr)
+        return 2
     plan = make_plan(recipe)
     if options.command == "plan":
-        tables.print_plan(plan, console)
+        from .cost import measure
+
+        def say(line: str) -> None:
+            print(line, file=sys.stderr)
+
+        tables.print_plan(plan, measure(plan, options.sample, say), console)
     elif options.command == "status":
         tables.print_status(plan, console)
     elif options.command == "report":

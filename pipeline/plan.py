@@ -2,22 +2,23 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from ..transforms import urls
 from . import dedup
 from .ingest import input_tables, read_dataset
 from .journal import newest
+from .parts import Footers, keep, look, together
 from .recipe import Recipe, RecipeError, Steps, only_parts
 from .stage import Stage, Step, fingerprint
 from .store import FORMAT, Store
 from .work import Job
 
-Footer = Mapping[str, Any]
-_READERS = 32  # footers read at a time
 INPUT_FINGERPRINT = fingerprint({"step": "input", "format": FORMAT, "url_normalisation": urls.NORMALISATION})
 
 
@@ -35,18 +36,19 @@ class Plan:
     dataset: Mapping[str, Any] | None
     steps: tuple[Step, ...]
     parts: tuple[int, ...]
-    inputs: Mapping[int, Footer]
-    done: Mapping[str, Mapping[int, Footer]]
+    inputs: Footers
+    done: Mapping[str, Footers]
     compaction: int | None = 0
 
     @property
     def rows(self) -> int:
         """Rows that go into the first step."""
-        return sum(self.inputs[part]["rows"] for part in self.parts)
+        return int(self.inputs.total(self.parts)["rows"])
 
     def missing(self, step: Step) -> tuple[int, ...]:
         """The parts that a step has to do, in order."""
-        return tuple(part for part in self.parts if part not in self.done[step.name])
+        there = self.done[step.name].among(self.parts).tolist()
+        return tuple(part for part, done in zip(self.parts, there, strict=True) if not done)
 
     def without(self) -> tuple[int, ...]:
         """The parts that an adopted result does not have, so that nothing can be done for them."""
@@ -81,7 +83,8 @@ class Plan:
 def make_plan(recipe: Recipe, until: str | None = None, write: bool = False) -> Plan:
     """Look at the store: chain, parts, and what is done. `until` ends the chain after that step.
 
-    `write` says that the store is about to be written; nothing is written here. Raises StoreError and RecipeError.
+    `write` says that the store is written by this command; then footers that had to be read are kept for the next look.
+    Raises StoreError, StoreFault and RecipeError.
     """
     store = Store(recipe.store, recipe.storage_options)
     store.check(write)
@@ -98,33 +101,38 @@ def make_plan(recipe: Recipe, until: str | None = None, write: bool = False) -> 
     if parts is not None and tables and not parts:
         raise RecipeError(f"dataset.only_parts: {recipe.dataset.only_parts!r} names none of the {len(tables)} parts")
     chosen = tuple(range(len(tables)) if parts is None else parts)
-    with ThreadPoolExecutor(_READERS) as pool:
-        inputs = dict(enumerate(pool.map(_footer(store), tables)))
-        done: dict[str, Mapping[int, Footer]] = {}
-        parent = inputs
-        for step in steps:
-            names = {step.table(part): part for part in parent}
-            there = {f"{step.folder}/{name}" for name in store.names(step.folder, "part-")}
-            found = [name for name in names if name in there]
-            footers = dict(zip(map(names.__getitem__, found), pool.map(_footer(store), found), strict=True))
-            parent = {p: f for p, f in footers.items() if f and f["parent"] == parent[p]["content"]}
-            if dedup.of((step,)) is not None:
-                parent = dedup.fitting(parent, _to_compare(steps[0], chosen, done["download"]))
-            done[step.name] = parent
+    inputs, done = _there(store, tables, steps, chosen, write)
     compaction = number if journal["state"] == "done" else None
     return Plan(recipe, store, dataset, steps, chosen, inputs, done, compaction)
 
 
-def _to_compare(download: Step, chosen: tuple[int, ...], there: Mapping[int, Footer]) -> list[int]:
+def _to_compare(download: Step, chosen: tuple[int, ...], there: Footers) -> list[int]:
     """The parts whose images dedup compares: the chosen ones, but for what an adopted download does not have."""
     return [part for part in chosen if part in there or not download.adopted]
 
 
-def _footer(store: Store) -> Callable[[str], Footer]:
-    def read(name: str) -> Footer:
-        return store.footer(name) or {}
+def _there(
+    store: Store, tables: list[str], steps: tuple[Step, ...], chosen: tuple[int, ...], write: bool
+) -> tuple[Footers, dict[str, Footers]]:
+    """The footers of the input tables, and by step those of the tables that were made from a parent that is there."""
 
-    return read
+    def ask(folder: str, parts: Sequence[int] | npt.NDArray[np.int32]) -> Footers:
+        found = look(store, folder, parts)
+        return keep(store, folder, found) if write else found
+
+    folders: dict[str, list[int]] = {}
+    for part, name in enumerate(tables):
+        folders.setdefault(name.rpartition("/")[0], []).append(part)
+    inputs = together([ask(folder, parts) for folder, parts in folders.items()])
+    done: dict[str, Footers] = {}
+    parent = inputs
+    for step in steps:
+        parent = ask(step.folder, parent.parts).children_of(parent)
+        if dedup.of((step,)) is not None:
+            fit = dedup.fitting(parent, _to_compare(steps[0], chosen, done["download"]))
+            parent = parent.only(np.fromiter((part in fit for part in parent), np.bool_, len(parent)))
+        done[step.name] = parent
+    return inputs, done
 
 
 def chain(recipe: Recipe, store: Store) -> tuple[Step, ...]:

@@ -66,9 +66,9 @@ class Tally:
         """Count the parts that are done."""
         tally = Tally([step.name for step in plan.steps], plan.rows)
         for step, footers in plan.done.items():
-            for part in plan.parts:
-                if part in footers:
-                    tally.counts[step].add(footers[part])
+            total = footers.total(plan.parts)
+            tally.counts[step].add(total)
+            tally.counts[step].parts = total["parts"]
         return tally
 
     def take(self, event: Event) -> None:
@@ -79,6 +79,8 @@ class Tally:
         elif event.kind == "open":
             self.opened[event.step] += 1
             self._opening[place] = event.seconds
+        elif event.kind == "spent":
+            self.counts[event.step].seconds += event.seconds
         else:  # the part is done, or starts again
             del self.partial[place]
             if event.kind == "done":

@@ -36,13 +36,16 @@ class RecipeError(Exception):
 
 @dataclass(frozen=True)
 class Dataset:
-    """What goes in: lists of URLs (Parquet, CSV, TSV, JSONL, also gzipped), by path or glob."""
+    """What goes in: lists of URLs (Parquet, CSV, TSV, JSONL, also gzipped) and archives of images, by path or glob."""
 
     name: str
     source: tuple[str, ...]
-    url_column: str = "url"
+    url_column: str | None = None  # without it, the known spellings of both are found (see `lists`)
     caption_column: str | None = None
-    rows_per_part: int = 5000
+    sha256_column: str | None = None  # of what the images, as downloaded, should be
+    md5_column: str | None = None
+    phash_column: str | None = None
+    rows_per_part: int = 5000  # of lists; an archive is one part
     only_parts: str | None = None  # such as 0-3 or 0,4,7: a smoke run on a sample
 
 
@@ -69,6 +72,17 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Prices:
+    """What `vesl plan` reckons with: of an hour of one CPU core and of one GPU, and of a GB (1e9 bytes) for a month."""
+
+    cpu_hour: float = 0.0
+    gpu_hour: float = 0.0
+    storage_gb_month: float = 0.0
+    unit: str = ""  # such as USD
+    images: int | None = None  # input rows of another data set that `vesl plan` shows beside this one's
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One run's configuration. `storage_options` go to fsspec for the store and the source, and nowhere else."""
 
@@ -76,6 +90,7 @@ class Recipe:
     store: str
     steps: Steps
     limits: Limits = Limits()
+    prices: Prices = Prices()
     engine: Engine = field(default_factory=Engine)
     storage_options: Mapping[str, Any] = field(default_factory=dict)
     train: Train = field(default_factory=Train)
@@ -137,6 +152,9 @@ def _check(recipe: Recipe, path: str) -> None:
     for name, share in dataclasses.asdict(recipe.limits).items():
         if not 0 <= share <= 1:
             raise RecipeError(f"{path}: limits.{name}: {share} is not a share between 0 and 1")
+    for name in ("cpu_hour", "gpu_hour", "storage_gb_month", "images"):
+        if (price := getattr(recipe.prices, name)) is not None and price < 0:
+            raise RecipeError(f"{path}: prices.{name}: {price} is negative")
     for where, text in {"dataset.name": recipe.dataset.name, "store": recipe.store}.items():
         if not text:
             raise RecipeError(f"{path}: {where}: is empty")
@@ -149,6 +167,9 @@ def _check(recipe: Recipe, path: str) -> None:
 
 def _check_engine(engine: Engine, path: str) -> None:
     counts = {"engine.workers": engine.workers}
+    for limit in ("part_time_limit_s", "silence_limit_s"):
+        if (seconds := getattr(engine, limit)) is not None and seconds <= 0:
+            raise RecipeError(f"{path}: engine.{limit}: {seconds} is not a positive number")
     for step in dataclasses.fields(Steps):
         resources = getattr(engine, step.name)
         for name in ("workers", "min_workers", "batch", "threads"):

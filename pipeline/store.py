@@ -6,19 +6,25 @@ retry can neither lose nor double anything, and two runs on one store cannot con
     dataset.json   input/<ingest>/part-NNNNN.parquet   <step>/<fingerprint>/part-NNNNN.parquet   runs/<run>/
 
 Anything unfinished lies in a folder `<name>.wip/` beside the file that it is for.
+
+A bucket's driver repeats a request that fails (s3fs: five times, and botocore five within each, with backoff). What it
+does not repeat, or gave up within the store's patience, is repeated here as a whole operation; only then is it a fault.
 """
 
 import hashlib
 import io
 import json
 import os
+import random
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 import pyarrow as pa
@@ -29,10 +35,29 @@ from fsspec.utils import merge_offset_ranges
 FORMAT = 1  # of the store's layout and footers
 _FOOTER = b"vesl"
 _GAP_BYTES, _BLOCK_BYTES = 1 << 16, 1 << 26  # of ranges that are read in one request
+_LISTERS = 32  # pieces of a long listing that are asked for at a time
+_PATIENCE_S = 60.0  # from an operation's begin, in which it is tried again; VESL_STORE_PATIENCE_S is another value
+_WAIT_S, _LONGEST_WAIT_S = 0.5, 15.0  # before another try, doubled each time
+_PASSING = {"IncompleteBody", "BadDigest", "RequestTimeout", "ConditionalRequestConflict", "OperationAborted"}
+_PASSING |= {"ServiceUnavailable", "SlowDown", "InternalError", "XAmzContentSHA256Mismatch", "RequestTimeTooSkewed"}
+_DROPPED = {
+    "HTTPClientError",
+    "ConnectionError",
+    "ClientError",
+    "ClientPayloadError",
+    "IncompleteRead",
+    "ResponseParserError",
+}
+_NAMES_A_FILE = (FileNotFoundError, FileExistsError)
+T = TypeVar("T")
 
 
 class StoreError(Exception):
     """The store cannot be used: one line that says which and why."""
+
+
+class StoreFault(OSError):  # noqa: N818  (as OSError: whoever expects a fault of a disk gets this one too)
+    """The store failed, or a file of it is damaged: one line that names the file and says what to do. Exit code 1."""
 
 
 class Store:
@@ -40,8 +65,9 @@ class Store:
 
     def __init__(self, url: str, options: Mapping[str, Any] | None = None) -> None:
         """Open `url`; raises StoreError where its scheme, its driver or its options are not usable."""
-        self.url = url
+        self.url, self.options = url, dict(options or {})
         try:
+            self.patience_s = float(os.environ.get("VESL_STORE_PATIENCE_S", _PATIENCE_S))
             # Another process or machine writes beside us, so a cached listing would be a wrong one.
             self.fs, root = fsspec.url_to_fs(url, **{**(options or {}), "use_listings_cache": False})
         except (ValueError, ImportError, TypeError) as error:
@@ -74,13 +100,39 @@ class Store:
         except Exception as error:  # noqa: BLE001  (every driver has errors of its own)
             raise StoreError(f"store {self.url}: {type(error).__name__}: {error}") from None
 
+    def ask(self, what: str, name: str, call: Callable[[], T], finding: tuple[type[Exception], ...] = ()) -> T:
+        """Call an operation on a file; in a bucket, again while its fault may pass and patience lasts.
+
+        That a file is there or is not is an answer and comes out as it is, but for `finding`, which here is a fault.
+        Raises StoreFault.
+        """
+        begun, tries, wait = time.monotonic(), 0, _WAIT_S
+        while True:
+            tries += 1
+            try:
+                return call()
+            except Exception as error:
+                answer = isinstance(error, _NAMES_A_FILE) and not isinstance(error, finding)
+                if self.local or answer or isinstance(error, (ValueError, KeyError, StoreFault)):
+                    raise
+                spent = time.monotonic() - begun
+                if not (isinstance(error, finding) or _passes(error)) or spent + wait > self.patience_s:
+                    times = "once" if tries == 1 else f"{tries} times"
+                    text = " ".join(str(error).split())[:300]
+                    raise StoreFault(
+                        f"{self.url.rstrip('/')}/{name} cannot be {what}: {type(error).__name__}: {text} (tried {times}"
+                        f" in {spent:.0f} s); see to the store or its permissions, then run the same command again"
+                    ) from error
+            time.sleep(wait * random.uniform(0.5, 1))  # noqa: S311  (workers must not come back all at once)
+            wait = min(2 * wait, _LONGEST_WAIT_S)
+
     def exists(self, name: str) -> bool:
         """Whether a file or folder of that name is there."""
-        return bool(self.fs.exists(self.path(name)))
+        return self.ask("looked for", name, lambda: bool(self.fs.exists(self.path(name))))
 
     def read(self, name: str) -> bytes:
         """A whole file. Raises FileNotFoundError."""
-        return bytes(self.fs.cat_file(self.path(name)))
+        return self.ask("read", name, lambda: bytes(self.fs.cat_file(self.path(name))))
 
     def read_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """Byte ranges [start, end) of one file. Raises FileNotFoundError, and ValueError where the file is shorter."""
@@ -88,7 +140,7 @@ class Store:
             with open(self.path(name), "rb") as file:
                 found = [os.pread(file.fileno(), end - start, start) for start, end in ranges]
         else:
-            found = self._read_merged(self.path(name), ranges)
+            found = self.ask("read", name, lambda: self._read_merged(self.path(name), ranges))
         if any(len(data) != end - start for data, (start, end) in zip(found, ranges, strict=True)):
             raise ValueError(f"{name} is shorter than the table that cites it says")
         return found
@@ -107,30 +159,81 @@ class Store:
     def names(self, folder: str, prefix: str = "") -> list[str]:
         """The names in a folder that begin with `prefix`, sorted; empty where there is no such folder."""
         path = self.path(folder) if folder else self.root
+
+        def ask() -> list[str]:
+            return list(self.fs.find(path, prefix=prefix) if prefix else self.fs.ls(path, detail=False))
+
         try:
             if self.local:
                 return sorted(name for name in os.listdir(path) if name.startswith(prefix))
-            found = self.fs.find(path, prefix=prefix) if prefix else self.fs.ls(path, detail=False)
+            found = self.ask("listed", folder, ask)
         except FileNotFoundError:
             return []
         inside = (name.removeprefix(path).strip("/").split("/", 1)[0] for name in found)
         return sorted({name for name in inside if name.startswith(prefix) and name})
 
-    def create(self, name: str, data: bytes) -> bool:
-        """Create a file atomically, only if it is absent; False where it was there before (and stays as it was).
+    def stamps(self, folder: str, stems: Sequence[str]) -> list[tuple[str, str, int]]:
+        """The parts' tables in a folder: (name, stamp, size in bytes), in any order.
 
-        Either way the work is done, so what unfinished attempts left of it is removed.
+        A table that is written again has another stamp: the time of its change, or a bucket's ETag. A bucket is asked
+        for the names that begin with each of `stems`, all at the same time.
+        """
+        path = self.path(folder)
+        try:
+            if self.local:
+                return _stamps(path)
+            with ThreadPoolExecutor(_LISTERS) as pool:
+                pieces = list(pool.map(lambda stem: self._listed(folder, path, stem), stems))
+        except FileNotFoundError:
+            return []
+        return [about for piece in pieces for about in piece]
+
+    def _listed(self, folder: str, path: str, stem: str) -> list[tuple[str, str, int]]:
+        found = self.ask("listed", folder, lambda: self.fs.find(path, prefix=stem, detail=True))
+        inside = ((name.removeprefix(path).strip("/"), info) for name, info in found.items())
+        return [
+            (name, str(info.get("ETag") or info.get("etag") or info.get("LastModified")), int(info["size"] or 0))
+            for name, info in inside
+            if "/" not in name and name.endswith(".parquet")
+        ]
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Create a file atomically, only if it is absent; False where other bytes were there (and stay as they were).
+
+        A bucket may create it and its answer get lost; the next try then finds our own bytes. Either way the work is
+        done, so what unfinished attempts left of it is removed.
         """
         try:
             if self.local:
                 self._write_local(name, data, os.link)
-            else:
-                self.fs.pipe_file(self.path(name), data, mode="create")
+            else:  # an upload in pieces that was ended, its answer lost, is not found any more
+                self.ask("written", name, lambda: self._create_remote(name, data), (FileNotFoundError,))
             created = True
         except FileExistsError:
-            created = False
+            created = not self.local and self.read(name) == data
         self.sweep(name)
         return created
+
+    def _create_remote(self, name: str, data: bytes) -> None:
+        try:
+            self.fs.pipe_file(self.path(name), data, mode="create")
+        except OSError as error:
+            if _code(error) in ("PreconditionFailed", "412"):  # not every server says which condition
+                raise FileExistsError(name) from error
+            raise
+
+    def claim(self, name: str, data: bytes) -> bool:
+        """Create a small file only if it is absent; whether it was. Others may see it half written, or sweep it."""
+        try:
+            if self.local:
+                os.makedirs(os.path.dirname(self.path(name)), exist_ok=True)
+                with open(self.path(name), "xb") as file:
+                    file.write(data)
+            else:
+                self.ask("written", name, lambda: self._create_remote(name, data))
+        except FileExistsError:
+            return not self.local and self.read(name) == data
+        return True
 
     def replace(self, name: str, data: bytes) -> None:
         """Write a file atomically, over an older one if there is one."""
@@ -138,7 +241,7 @@ class Store:
             self._write_local(name, data, os.replace)
             self.sweep(name)
         else:
-            self.fs.pipe_file(self.path(name), data)
+            self.ask("written", name, lambda: self.fs.pipe_file(self.path(name), data), (FileNotFoundError,))
 
     def _write_local(self, name: str, data: bytes, move: Callable[[str, str], None]) -> None:
         for attempt in range(5):
@@ -174,21 +277,32 @@ class Store:
             os.fsync(spooled.fileno())
             os.replace(spooled.name, self.path(name))
         else:
-            spooled.seek(0)
-            with self.fs.open(self.path(name), "wb") as file:
-                shutil.copyfileobj(spooled, file, 1 << 24)
+            self.ask("written", name, lambda: self._upload(spooled, self.path(name)), (FileNotFoundError,))
+
+    def _upload(self, spooled: BinaryIO, path: str) -> None:
+        spooled.seek(0)
+        file = self.fs.open(path, "wb")
+        try:
+            shutil.copyfileobj(spooled, file, 1 << 24)
+            file.close()
+        except BaseException:
+            file.closed = True  # else closing it, now or when it is collected, would publish what is there of it
+            with suppress(Exception):
+                file.discard()
+            raise
 
     def sweep(self, name: str) -> None:
         """Remove what unfinished attempts at `name` left."""
         if self.local:
             shutil.rmtree(self.path(wip(name)), ignore_errors=True)
-        elif self.fs.exists(self.path(wip(name))):
-            self.fs.rm(self.path(wip(name)), recursive=True)
+        elif self.exists(wip(name)):
+            with suppress(FileNotFoundError):  # another attempt swept it at the same time
+                self.ask("removed", wip(name), lambda: self.fs.rm(self.path(wip(name)), recursive=True))
 
     def remove(self, name: str) -> None:
         """Remove a file if it is there."""
         with suppress(FileNotFoundError):
-            self.fs.rm_file(self.path(name))
+            self.ask("removed", name, lambda: self.fs.rm_file(self.path(name)))
 
     def read_json(self, name: str) -> Any:
         """A JSON document, or None where there is none."""
@@ -202,18 +316,81 @@ class Store:
         self.replace(name, to_json(document))
 
     def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """The named columns of a Parquet file, in the order given. Raises FileNotFoundError."""
-        with self.fs.open(self.path(name), "rb") as file:
-            return pq.ParquetFile(file).read(columns=None if columns is None else list(columns))
+        """The named columns of a Parquet file, in the order given. Raises FileNotFoundError, and StoreFault."""
+        return self.read_whole(name, columns)[0]
+
+    def read_whole(self, name: str, columns: Sequence[str] | None = None) -> tuple[pa.Table, dict[str, Any]]:
+        """The same, and what the table's writer said of it, in one go."""
+
+        def read(file: Any) -> tuple[pa.Table, dict[str, Any]]:
+            parquet = pq.ParquetFile(file)
+            several = parquet.metadata.num_row_groups > 1  # for one, threads cost more than they save
+            rows = parquet.read(columns=None if columns is None else list(columns), use_threads=several)
+            return rows, dict(json.loads((parquet.metadata.metadata or {}).get(_FOOTER, b"{}")))
+
+        return self._parquet(name, read)
 
     def footer(self, name: str) -> dict[str, Any] | None:
-        """What a table's writer said of it, or None where there is no such table. Reads the file's end only."""
+        """What a table's writer said of it, or None where there is no such table. Reads the file's end only.
+
+        Raises StoreFault for a file that is not whole.
+        """
         try:
-            with self.fs.open(self.path(name), "rb") as file:
-                metadata = pq.read_metadata(file).metadata or {}
+            metadata = self._parquet(name, lambda file: pq.read_metadata(file).metadata or {})
         except FileNotFoundError:
             return None
+        if _FOOTER not in metadata:
+            raise self._damaged(name, "a Parquet file that vesl did not write")
         return dict(json.loads(metadata[_FOOTER]))
+
+    def _parquet(self, name: str, read: Callable[[Any], T]) -> T:
+        def once() -> T:
+            with self.fs.open(self.path(name), "rb") as file:
+                return read(file)
+
+        try:
+            return self.ask("read", name, once)
+        except (pa.ArrowInvalid, EOFError, OSError) as error:
+            if isinstance(error, (FileNotFoundError, StoreFault)) or _is_of_the_disk(error):
+                raise
+            raise self._damaged(name, f"no whole Parquet file ({' '.join(str(error).split())[:120]})") from error
+
+    def _damaged(self, name: str, what: str) -> StoreFault:
+        return StoreFault(f"{self.url.rstrip('/')}/{name} is {what}: remove it, then run again to make it anew")
+
+
+def _stamps(path: str) -> list[tuple[str, str, int]]:
+    found = []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            name = entry.name
+            if name[:5] == "part-" and name[-8:] == ".parquet":
+                try:
+                    status = entry.stat()
+                except FileNotFoundError:  # removed since the folder was read
+                    continue
+                found.append((name, str(status.st_mtime_ns), status.st_size))
+    return found
+
+
+def _code(error: BaseException) -> str:
+    """A bucket's own name for an error, as S3 has them; empty where there is none."""
+    response = getattr(error.__cause__ or error, "response", None)
+    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
+
+
+def _passes(error: Exception) -> bool:
+    """Whether a fault of a bucket may be gone at another try: by its code, or a connection that broke or was slow."""
+    if code := _code(error):
+        return code in _PASSING or (code.isdigit() and int(code) in (408, 409, 429, 500, 502, 503, 504))
+    if getattr(error, "code", 0) in (408, 429, 500, 502, 503, 504):  # gcsfs
+        return True
+    return isinstance(error, (TimeoutError, ConnectionError)) or any(k.__name__ in _DROPPED for k in type(error).mro())
+
+
+def _is_of_the_disk(error: Exception) -> bool:
+    """Whether the operating system says so (a full disk, no permission); what Arrow says of a file has no number."""
+    return isinstance(error, OSError) and error.errno is not None
 
 
 def wip(name: str) -> str:

@@ -1,8 +1,8 @@
 """`vesl report`, `vesl plan` and `vesl status` as tables: the funnel with its reasons, and what came out of it."""
 
 import time
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -11,6 +11,7 @@ from rich.text import Text
 from ..transforms.captions import visible
 from ..transforms.filters import VERDICTS
 from ..transforms.outcomes import reason_of
+from .cost import Cost, Interval, Measured, costs, long_parts, seconds_per_image
 from .plan import Plan
 from .progress import Count, Tally
 from .run import last_runs
@@ -21,51 +22,80 @@ if TYPE_CHECKING:
 _SILENT_S = 120.0  # after which a run that says "running" is not believed
 
 
-def print_plan(plan: Plan, console: Console) -> None:
-    """The chain: what each step is, and what it has to do."""
-    table = Table("step", "fingerprint", "parts done", "missing", "opens a model", "model", "measured", box=None)
-    seen = _measured(plan)
+def print_plan(plan: Plan, measured: Mapping[str, Measured], console: Console) -> None:
+    """The chain: what each step is, what it has to do, how fast it is, and what all of it will cost."""
+    table = Table("step", "fingerprint", "parts done", "missing", "opens a model", "model", box=None)
     for step in plan.steps:
         missing = len(plan.missing(step))
         model = getattr(step.stage, "model", getattr(step.stage, "tagger", ""))
         opens = "yes" if step.stage.opens_model and missing else "no"
-        record = seen.get(step.name, {})
-        rate = f"{record['fresh'] / record['seconds']:.1f} rows/s per worker" if record.get("seconds") else ""
         name = f"{step.fingerprint} (adopted)" if step.adopted else step.fingerprint
-        table.add_row(step.name, name, str(len(plan.parts) - missing), str(missing), opens, Text(visible(model)), rate)
+        table.add_row(step.name, name, str(len(plan.parts) - missing), str(missing), opens, Text(visible(model)))
     console.print(f"store {plan.store.url}, data set {plan.recipe.dataset.name}", markup=False, highlight=False)
     if plan.dataset is None:
         console.print("nothing is ingested yet: `vesl run` does it first", highlight=False)
     console.print(table)
-    cost = _left(plan, seen)
-    if cost:
-        console.print(cost, highlight=False)
+    if any(one.units for one in measured.values()):
+        _print_cost(plan, measured, console)
+    for name, seconds, rows in long_parts(plan, measured):
+        console.print(
+            f"warning: a part of {name} takes one worker about {seconds / 60:,.0f} minutes; parts of lists that are "
+            f"added with dataset.rows_per_part: {rows} would take about 5",
+            highlight=False,
+        )
 
 
-def _measured(plan: Plan) -> dict[str, Any]:
-    """The newest measurement of each step, by the runs so far."""
-    seen: dict[str, Any] = {}
-    for record in reversed(last_runs(plan.store)):
-        seen |= {step: counts for step, counts in record["progress"].items() if counts["fresh"]}
-    return seen
-
-
-def _left(plan: Plan, seen: dict[str, Any]) -> str:
-    """The work that is missing, in worker-seconds at the speeds of the runs so far."""
-    share = plan.rows / len(plan.parts) if plan.parts else 0.0
-    seconds, unknown = 0.0, []
+def _print_cost(plan: Plan, measured: Mapping[str, Measured], console: Console) -> None:
+    speeds = Table("measured", "images/s per worker", "95 %", "over", "opens in", "kept", "bytes/image", box=None)
     for step in plan.steps:
-        missing, record = len(plan.missing(step)), seen.get(step.name, {})
-        if missing and record.get("fresh"):
-            seconds += missing * share * record["seconds"] / record["fresh"]
-        elif missing:
-            unknown.append(step.name)
-        if record.get("rows"):
-            share *= record["kept"] / record["rows"]
-    if not seconds:
+        one = measured[step.name]
+        pace = seconds_per_image(one.units)
+        rate = [_figure(1 / pace.mean), f"{_figure(1 / pace.high)} to {_figure(1 / pace.low)}"] if pace else ["", ""]
+        rate[1] = "" if pace and pace.low == pace.high else rate[1]
+        opening = f"{sum(one.opening) / len(one.opening):.1f} s" if one.opening else ""
+        over = f"{len(one.units)} {one.of}" if one.units else ""
+        kept = f"{one.share:.1%}" if one.rows else ""
+        speeds.add_row(step.name, *rate, over, opening, kept, f"{one.bytes_per_row:,.0f}" if one.rows else "")
+    console.print(speeds)
+    unit = f" {plan.recipe.prices.unit}" if plan.recipe.prices.unit else ""
+    table = Table("cost of", "images", "worker-hours", "GPU-hours", "stored", f"money{unit}", box=None)
+    scopes: dict[str, float | None] = {"what is missing": None, "the whole data set": float(plan.rows)}
+    if plan.recipe.prices.images is not None:
+        scopes[f"{plan.recipe.prices.images:,} images"] = float(plan.recipe.prices.images)
+    for name, images in scopes.items():
+        each = costs(plan, measured, images)
+        total = sum(each.values(), Cost())
+        if len(each) > 1 and (total.images or any(cost.images for cost in each.values())):
+            for step_name, cost in each.items():
+                _cost_row(table, f"  {step_name}", cost)
+        _cost_row(table, name, total)
+    console.print(table)
+    notes = (
+        "intervals are of the speeds alone, 95 %, and none of what was timed once; money holds storage for one month; "
+    )
+    notes += "a * leaves out steps that nobody measured: `vesl plan RECIPE --sample 200` does"
+    console.print(notes, highlight=False, style="dim")
+
+
+def _cost_row(table: Table, name: str, cost: Cost) -> None:
+    images = f"{cost.images:,.0f}" if cost.images else ""
+    star = "*" if cost.unknown else ""
+    hours, gpus, money = (_spread(one) for one in (cost.hours, cost.gpu_hours, cost.money))
+    table.add_row(name, images, hours + star, gpus, f"{_figure(cost.bytes / 1e9)} GB", money + star if money else "")
+
+
+def _spread(one: Interval) -> str:
+    """A figure with its interval; nothing for nothing."""
+    if not one.mean:
         return ""
-    note = f" (without {', '.join(unknown)}, not measured yet)" if unknown else ""
-    return f"missing work: about {seconds:.0f} worker-seconds at the speeds of earlier runs{note}"
+    if one.mean < 0.005:
+        return "<0.01"
+    return _figure(one.mean) + (f" ({_figure(one.low)} to {_figure(one.high)})" if one.low < one.high else "")
+
+
+def _figure(x: float) -> str:
+    """Two or three digits that matter."""
+    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.2g}" if abs(x) < 10 else f"{x:.1f}"
 
 
 def print_status(plan: Plan, console: Console) -> None:
@@ -118,6 +148,7 @@ INGEST = {
     "no_url": "no URL in the row, or a line that is no record",
     "taken_down": "a takedown list names the URL, its domain or its key",
     "malformed": "a line that cannot be read as a row",
+    "no_image": "img2dataset has not got this image, or the sample in the tar has none",
 }
 
 

@@ -16,7 +16,9 @@ def test_flags_are_frozen() -> None:
         assert f"\n    {command} " in done.stdout
         text = subprocess.run([*VESL, command, "--help"], capture_output=True, text=True, check=True).stdout
         flags = {word.strip(",[]") for word in text.split() if word.strip("[").startswith("--")}
-        own = {"run": {"--until", "--retry"}, "show": {"--image"}, "report": {"--out"}}.get(command, set())
+        own = {"plan": {"--sample"}, "run": {"--until", "--retry"}, "show": {"--image"}, "report": {"--out"}}.get(
+            command, set()
+        )
         assert flags == {"--help", "--set", *own}
 
 
@@ -60,16 +62,29 @@ def test_plan_status_and_report_of_an_empty_store_write_nothing(world: World) ->
     assert world.run("show").returncode == 2
 
 
+def chain_of(shown: str) -> dict[str, list[str]]:
+    """The first table of `vesl plan`, by step."""
+    return {words[0]: words for line in reversed(shown.splitlines()) if (words := line.split())}
+
+
 def test_plan_tells_what_is_missing(world: World) -> None:
     world.list_urls("a", world.images(7))
     assert world.run("run", "--until", "ground").returncode == 0
-    lines = {words[0]: words for line in world.run("plan").stdout.splitlines() if (words := line.split())}
+    lines = chain_of(world.run("plan").stdout)
     assert lines["ground"][2:5] == ["2", "0", "no"]
     assert lines["select"][2:5] == ["0", "2", "no"]
     changed = world.run("plan", "--set", "steps.caption.model=tests.standins:captioner@1").stdout
-    lines = {words[0]: words for line in changed.splitlines() if (words := line.split())}
+    lines = chain_of(changed)
     assert lines["download"][2:5] == ["2", "0", "no"]
     assert lines["caption"][2:5] == ["0", "2", "yes"]
+
+
+def test_a_run_over_a_limit_shows_a_row(world: World) -> None:
+    world.list_urls("a", world.images(3, captions=dict.fromkeys(range(3), "please raise")))
+    done = world.run("run", "--set", "steps.caption.model=tests.standins:captioner@1")
+    assert done.returncode == 3
+    assert "3 of 3 rows failed (error 3), over limits.failed_fraction = 0.05; such as " in done.stderr
+    assert "RuntimeError: a model that does" in done.stderr.splitlines()[-1]
 
 
 def test_show_tells_a_history_and_draws(world: World, tmp_path: Path) -> None:
