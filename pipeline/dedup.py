@@ -176,7 +176,11 @@ def _find_copies(
             with pq.ParquetWriter(spooled, COPIES, compression="zstd") as writer:
                 for piece in _pieces(db.sql(_COPIES).to_arrow_reader(_PIECE)):
                     writer.write_table(piece, row_group_size=len(piece))
-            store.publish(spooled, name)
+            try:
+                store.publish(spooled, name)
+            except FileNotFoundError:  # swept by another run, once that had published the same bytes
+                if not store.exists(name):
+                    raise
 
 
 def _pieces(batches: pa.RecordBatchReader) -> Iterator[pa.Table]:

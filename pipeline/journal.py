@@ -119,12 +119,12 @@ def alive(record: Mapping[str, Any]) -> bool:
 
 
 @contextmanager
-def beating(beat: Callable[[], None]) -> Iterator[None]:
+def beating(beat: Callable[[], None], every_s: float = _BEAT_S) -> Iterator[None]:
     """Call `beat` now and then, from a thread, until the block ends."""
     ended = threading.Event()
 
     def run() -> None:
-        while not ended.wait(_BEAT_S):
+        while not ended.wait(every_s):
             with suppress(OSError):  # a store that is away for a moment
                 beat()
 

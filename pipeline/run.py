@@ -2,18 +2,21 @@
 
 import os
 import platform
+import random
 import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from threading import Lock
+from threading import Lock, Thread
 from typing import Any
 
 from rich.console import Console
 
+from ..transforms.captions import visible
 from ..transforms.options import identity
-from . import dedup
+from . import dedup, leases
 from .compact import finish
 from .engines import Engine, Event, Listener
 from .hosts import network_hint
@@ -31,7 +34,10 @@ from .work import Job
 _RECORD_EVERY_S = 5.0
 _SAY_EVERY_S = 5.0  # of the pass that compares all images
 _INGEST = ("kept", "duplicate_url", "no_url", "malformed", "taken_down")
+_INGEST_MORE = ("no_image", "bad_hash")  # of archives, and of lists with hashes
 _JUDGED_FROM = 100  # rows of a step before its failures may end a run early
+_EXAMPLES_FROM = 20  # parts that are searched for a row to show
+_KEEP_EVERY = 5000  # parts' steps done, after which footers are kept
 
 
 class OverLimitError(Exception):
@@ -48,17 +54,17 @@ def run(recipe: Recipe, until: str | None = None, retry_failed: bool = False) ->
     if retry_failed:
         again = retry(plan)
         print(f"retry: {again['kept'] if again else 0:,} rows failed by a fault that may pass", file=sys.stderr)
-        plan = make_plan(recipe, until)
+        plan = make_plan(recipe, until, write=True)
     if without := plan.without():
         print(f"{len(without)} of {len(plan.parts)} parts are not in the adopted result: left out", file=sys.stderr)
     if plan.todo():
         _work(plan)
-        plan = make_plan(recipe, until)
+        plan = make_plan(recipe, until, write=True)
     if plan.steps[-1].name == "pack":
         _undisturbed(plan)
         write_index(plan)
     for count in (tally := Tally.of(plan)).counts:
-        check_limit(recipe, tally, count, at_end=True)
+        check_limit(plan, tally, count)
     return plan, not plan.todo()
 
 
@@ -80,14 +86,15 @@ def _ingest(recipe: Recipe, until: str | None) -> Plan:
 
     d = recipe.dataset
     first = not store.exists("dataset.json")
-    dataset = ingest(
-        store, d.name, d.source, d.url_column, d.caption_column, d.rows_per_part, recipe.storage_options, report
-    )
+    hashes = (d.sha256_column, d.md5_column, d.phash_column)
+    lists = (d.source, d.url_column, d.caption_column, d.rows_per_part, recipe.storage_options)
+    dataset = ingest(store, d.name, *lists, report, hashes)
     if read or first:
         last_one = dataset["ingests"][-1]
-        counts = ", ".join(f"{last_one.get(name, 0):,} {name}" for name in _INGEST)
+        names = (*_INGEST, *(name for name in _INGEST_MORE if name in last_one))
+        counts = ", ".join(f"{last_one.get(name, 0):,} {name}" for name in names)
         console.print(f"ingest: {last_one['rows']:,} rows ({counts}) in {last_one['parts']} parts", highlight=False)
-    return make_plan(recipe, until)
+    return make_plan(recipe, until, write=True)
 
 
 def _undisturbed(plan: Plan) -> None:
@@ -112,18 +119,26 @@ def _work(plan: Plan) -> None:
             tally.take(event)
             record.take(event)
             display.update()
+            if event.kind == "wait":
+                display.say(event.text)
             if event.kind in ("retry", "lost"):
                 will = "trying again" if event.kind == "retry" else "given up; run again to try once more"
                 display.say(f"{event.step} part {event.part}: {event.text}; {will}")
             if event.kind == "done":
-                check_limit(plan.recipe, tally, event.step, at_end=False)
+                check_limit(plan, tally, event.step, event.part)
 
-        _carry_all(plan, listen, display.say)
+        try:
+            _carry_all(plan, record.name, listen, display.say)
+        finally:
+            leases.give_back(store, [step.folder for step in plan.steps if not step.adopted], record.name)
 
 
-def _carry_all(plan: Plan, listen: Listener, say: Callable[[str], None]) -> None:
-    """The engine carries the parts; where all parts must be compared first, up to there, and then on."""
-    engine, job, at = plan.recipe.engine, plan.job(), dedup.of(plan.steps)
+def _carry_all(plan: Plan, run: str, listen: Listener, say: Callable[[str], None]) -> None:
+    """The engine carries the parts; where all parts must be compared first, up to there, and then on.
+
+    Their order is the run's own: so runs on one store seldom meet, and what is done first is a sample of the whole.
+    """
+    engine, job, at = plan.recipe.engine, replace(plan.job(), run=run), dedup.of(plan.steps)
     told = set[tuple[str, int]]()
 
     def listen_once(event: Event) -> None:  # the second time, a part's first steps are found done
@@ -135,13 +150,17 @@ def _carry_all(plan: Plan, listen: Listener, say: Callable[[str], None]) -> None
     if at is not None and plan.missing(plan.steps[at]):
         missing = {part for step in plan.steps[:at] for part in plan.missing(step)}
         if first := [part for part in plan.todo() if part in missing]:
-            carry(engine)(replace(job, steps=job.steps[:at]), first, engine, listen_once)
+            carry(engine)(replace(job, steps=job.steps[:at]), _shuffled(first, run), engine, listen_once)
         until = plan.steps[-1].name
         if not _compare(make_plan(plan.recipe, until), listen_once, say):
             return
         plan = make_plan(plan.recipe, until)
     if todo := plan.todo():
-        carry(engine)(job, todo, engine, listen_once)
+        carry(engine)(job, _shuffled(todo, run), engine, listen_once)
+
+
+def _shuffled(parts: Sequence[int], run: str) -> list[int]:
+    return random.Random(run).sample(parts, len(parts))  # noqa: S311  (no secret)
 
 
 def _compare(plan: Plan, listen: Listener, say: Callable[[str], None]) -> bool:
@@ -193,23 +212,37 @@ def _sweep(plan: Plan) -> None:
                 plan.store.sweep(f"{folder}/{stem}" if folder else stem)
 
 
-def check_limit(recipe: Recipe, tally: Tally, step: str, at_end: bool) -> None:
-    """Raise OverLimitError where more rows of a step failed than the recipe allows; few rows are judged at the end.
+def check_limit(plan: Plan, tally: Tally, step: str, part: int | None = None) -> None:
+    """Raise OverLimitError where more rows of a step failed than the recipe allows, with an example.
 
-    Says so where downloads look as if the network, and not the web, were broken.
+    `part` has just been done, and few rows are not judged yet; without it, it is the end, and all are. Says so where
+    downloads look as if the network, and not the web, were broken.
     """
-    limits, count = recipe.limits, tally.counts[step]
+    limits, count = plan.recipe.limits, tally.counts[step]
     limit = limits.download_failed_fraction if step == "download" else limits.failed_fraction
-    if at_end and step == "download" and (hint := network_hint(count.rows, count.failed)):
+    if part is None and step == "download" and (hint := network_hint(count.rows, count.failed)):
         print(f"vesl: {hint}", file=sys.stderr)
-    if count.failed_fraction <= limit or (count.rows < _JUDGED_FROM and not at_end):
+    if count.failed_fraction <= limit or (count.rows < _JUDGED_FROM and part is not None):
         return
     reasons = ", ".join(f"{name} {n}" for name, n in count.failed.most_common(3))
+    example = _example(plan, step, count.failed.most_common(1)[0][0], part)
     key = "limits.download_failed_fraction" if step == "download" else "limits.failed_fraction"
     raise OverLimitError(
-        f"{step}: {count.failed.total()} of {count.rows} rows failed ({reasons}), over {key} = {limit:g}; "
+        f"{step}: {count.failed.total()} of {count.rows} rows failed ({reasons}), over {key} = {limit:g}{example}; "
         f"see `vesl report` for the reasons, then mend the cause or raise the limit"
     )
+
+
+def _example(plan: Plan, step: str, reason: str, part: int | None) -> str:
+    """What one row that failed for this reason says, in the part that was just done or in the first few."""
+    [at] = [one for one in plan.steps if one.name == step]
+    parts = list(plan.done[step])[:_EXAMPLES_FROM] if part is None else [part]
+    for number in parts:
+        with suppress(OSError):  # it is only an example
+            for row in plan.store.read_table(at.table(number), ["key", "reason", "detail"]).to_pylist():
+                if row["reason"] == reason and row["detail"]:
+                    return visible(f"; such as {row['key']}: {row['detail'][:200]}")
+    return ""
 
 
 def write_index(plan: Plan) -> None:
@@ -246,7 +279,7 @@ class Record:
 
     def __init__(self, plan: Plan, tally: Tally) -> None:
         host = platform.node()
-        self._name = f"runs/{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{host}-{os.getpid()}-{uuid.uuid4().hex[:4]}"
+        self.name = f"runs/{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{host}-{os.getpid()}-{uuid.uuid4().hex[:4]}"
         self._store, self._tally = plan.store, tally
         self._head = {
             "host": host,
@@ -259,6 +292,7 @@ class Record:
         self._chunks, self._last = 0, 0.0
         self._document: dict[str, Any] = {}
         self._writing, self._beats = Lock(), beating(self._beat)
+        self._plan, self._unkept, self._keeper = plan, 0, Thread()
 
     def __enter__(self) -> "Record":
         self._write("running")
@@ -279,6 +313,10 @@ class Record:
             self._events.append({"at": round(time.time(), 3), **told})
         if time.monotonic() - self._last > _RECORD_EVERY_S:
             self._write("running")
+        self._unkept += event.kind == "done" and event.fresh
+        if self._unkept >= _KEEP_EVERY and not self._keeper.is_alive():
+            self._unkept, self._keeper = 0, Thread(target=self._keep, daemon=True, name="vesl-keep")
+            self._keeper.start()
         if len(self._events) >= 1000:
             self._flush()
 
@@ -292,16 +330,21 @@ class Record:
                 "progress": self._tally.snapshot(),
                 "seconds_left": round(self._tally.seconds_left()),
             }
-            self._store.write_json(f"{self._name}/run.json", self._document)
+            self._store.write_json(f"{self.name}/run.json", self._document)
 
     def _beat(self) -> None:
         """Say that this run is alive, also where nothing happens for long."""
         with self._writing:
-            self._store.write_json(f"{self._name}/run.json", self._document | {"updated": time.time()})
+            self._store.write_json(f"{self.name}/run.json", self._document | {"updated": time.time()})
+
+    def _keep(self) -> None:
+        """So that `vesl plan` and `vesl status` need not read the footers of all that a long run has done."""
+        with suppress(OSError, StoreError):
+            make_plan(self._plan.recipe, self._plan.steps[-1].name, write=True)
 
     def _flush(self) -> None:
         if self._events:
-            self._store.write_json(f"{self._name}/events-{self._chunks:05d}.json", self._events)
+            self._store.write_json(f"{self.name}/events-{self._chunks:05d}.json", self._events)
             self._events, self._chunks = [], self._chunks + 1
 
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import pyarrow as pa
@@ -138,7 +139,7 @@ class Step:
             "options": identity(self.stage),
         }
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """12 hex digits of the hash of all that can change the result."""
         return self.adopted or fingerprint(self.inputs)

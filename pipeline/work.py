@@ -17,14 +17,15 @@ import pyarrow.compute as pc
 
 from ..models.contract import ModelError
 from ..transforms.outcomes import Drop
-from ..transforms.records import ADDS, INPUT, step_schema
+from ..transforms.records import ADDS, INPUT, INPUT_MORE, step_schema
 from .guard import guarded
+from .leases import lease
 from .stage import Function, InTwo, Place, Placed, Sink, Stage, Step, WithFiles, answer, part_name
 from .store import Store, encode_table, wip
 from .takedown import NAMED_BY, obeyed, obeying
 
 _AHEAD = 2  # batches read while the model is busy
-_PIECE_BYTES = 64 << 20  # of blobs in one saved piece
+_PIECE_BYTES = 8 << 20  # of blobs in one saved piece; encoding takes a few times as much memory
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Job:
     threads: Mapping[str, int]  # that prepare batches ahead, by step
     save_every_s: float
     workers: Mapping[str, int] = field(default_factory=dict)  # that share a step's parts, at most; known to the engine
+    run: str = ""  # whose leases keep other runs from a part; none are taken where it has no name
 
     def open_store(self) -> Store:
         """Open the store on this worker."""
@@ -66,16 +68,19 @@ def incoming(store: Store, job: Job, index: int, part: int, wanted: tuple[str, .
     """
     columns = [name for name in wanted if name not in ("image", "select")]
     columns += ["offset", "size"] if "image" in wanted else []
-    footer = _require(store, job.inputs[part])
-    rows = store.read_table(job.inputs[part], ["key", *(c for c in INPUT.names if c in columns)])
+    mine = [f for f in (*INPUT, *INPUT_MORE) if f.name in columns]
+    rows, footer = store.read_whole(job.inputs[part], ["key", *(f.name for f in mine)])
+    for f in mine:
+        if f.name not in rows.column_names:  # of those that only some input tables have
+            rows = rows.append_column(f, pa.nulls(len(rows), f.type))
     tar = None
     for step in job.steps[:index]:
         name = step.table(part)
-        parent, footer = footer["content"], _require(store, name)
+        own = [c for c in ADDS[step.name].names if c in columns]
+        parent = footer["content"]
+        table, footer = store.read_whole(name, ["key", "outcome", *own])
         if footer["parent"] != parent:
             raise StaleError(f"{name} was made from another table than {parent[:12]}")
-        own = [c for c in ADDS[step.name].names if c in columns]
-        table = store.read_table(name, ["key", "outcome", *own])
         if not table["key"].equals(rows["key"]):
             raise StaleError(f"{name} does not have its parent's rows")
         for column in own:
@@ -123,7 +128,7 @@ def run_part(
     """Do step `index` for one part unless it is done; return its footer and whether there was anything to do.
 
     `opener` gives the stage's function, and is not called where no row is left. Raises StaleError for a part that an
-    adopted result does not have.
+    adopted result does not have, LeasedError for one that another run is at work on.
     """
     store, step = job.open_store(), job.steps[index]
     if footer := finished(store, job, index, part):
@@ -133,6 +138,18 @@ def run_part(
         raise StaleError(f"the adopted result {step.folder} has no {part_name(part)} for these inputs")
     if step.name == "dedup":  # decided over all parts at once, in the driver
         raise StaleError(f"{step.table(part)} is gone, or was made from another table; run again")
+    with lease(store, step.table(part), job.run):
+        # Another run may have published between the look and the lease.
+        if job.run and (footer := finished(store, job, index, part)):
+            return footer, False
+        return _do(store, job, index, part, opener, attempt), True
+
+
+def _do(
+    store: Store, job: Job, index: int, part: int, opener: Callable[[Stage], Function], attempt: Attempt
+) -> dict[str, Any]:
+    """Do what is left of step `index` for one part, and publish it; return its footer."""
+    step = job.steps[index]
     stage = step.stage
     if isinstance(stage, Placed):
         stage = stage.at(Place(store, job.workers.get(step.name, 1)))
@@ -161,7 +178,7 @@ def run_part(
         if sink:
             sink.abort()
         raise
-    return _publish(store, step, part, given.parent, saver.table(), footer), True
+    return _publish(store, step, part, given.parent, saver.table(), footer)
 
 
 def _open(opener: Callable[[Stage], Function], stage: Stage) -> Function:
@@ -244,7 +261,7 @@ def step_footer(step: Step, part: int, given: Incoming, table: pa.Table, files: 
 def counted(table: pa.Table) -> dict[str, Any]:
     """The rows of a step's table by outcome and reason, as its footer has them."""
     counts: dict[str, Any] = {"kept": 0, "rejected": {}, "failed": {}}
-    for row in table.group_by(["outcome", "reason"]).aggregate([([], "count_all")]).to_pylist():
+    for row in table.group_by(["outcome", "reason"], use_threads=False).aggregate([([], "count_all")]).to_pylist():
         if row["outcome"] == "kept":
             counts["kept"] = row["count_all"]
         else:
@@ -333,3 +350,5 @@ class Saver:
             name = f"{self._folder}/{self._saved:08d}-{self._saved + len(piece):08d}.parquet"
             self._store.create(name, encode_table(whole, {"parent": self._given.parent}))
             self._saved += len(piece)
+            del whole
+            pa.default_memory_pool().release_unused()  # else the pieces' buffers add up

@@ -36,6 +36,8 @@ class Engine:
     kind: Literal["local", "ray", "beam"] = "local"
     workers: int | None = None  # processes; default: one per core
     save_every_s: float = 60.0  # how much work of a slow part a crash may cost
+    part_time_limit_s: float | None = None  # for one attempt at a step of a part; the second that is over it, is lost
+    silence_limit_s: float = 3600.0  # the same, from one finished batch to the next: a call that hangs
     address: str | None = None  # of a Ray cluster; default: RAY_ADDRESS, else one on this machine
     options: tuple[str, ...] = ()  # for Beam, such as --runner=...
     download: Resources = Resources(batch=128, threads=14)  # 16 batches under way, of a thousand requests in flight
@@ -52,6 +54,15 @@ class Engine:
         every = self.workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
         return self.of(step).workers or every or 1
 
+    def deadline(self, begun: float, heard: float) -> tuple[float, str]:
+        """When an attempt that began at `begun` and finished something at `heard` is over a limit; which one."""
+        silent = max(begun, heard) + self.silence_limit_s
+        if self.part_time_limit_s is not None and begun + self.part_time_limit_s < silent:
+            limit = self.part_time_limit_s
+            return begun + limit, f"over engine.part_time_limit_s = {limit:g}, so its worker was ended"
+        limit = self.silence_limit_s
+        return silent, f"no batch was finished in engine.silence_limit_s = {limit:g}, so its worker was ended"
+
     def of(self, step: str) -> Resources:
         """What a step gets."""
         resources: Resources = getattr(self, step)
@@ -64,10 +75,11 @@ class Event:
 
     `rows`: so many more rows are done (of unfinished work). `done`: published, or found done where not `fresh`;
     `footer` has the counts. `open`: a model was loaded, in `seconds`. `retry`: the attempt failed or its worker died;
-    there will be another. `lost`: there will not.
+    there will be another. `lost`: there will not. `wait`: nothing is left but what another run is at work on.
+    `spent`: so many seconds of a worker, where `done` is told by the store, which does not know them.
     """
 
-    kind: Literal["rows", "done", "open", "retry", "lost"]
+    kind: Literal["rows", "done", "open", "retry", "lost", "wait", "spent"]
     step: str
     part: int
     rows: int = 0

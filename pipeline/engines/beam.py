@@ -9,7 +9,8 @@ notes, in a folder that is removed when the run ends. The steps themselves are i
 Without options Beam works in that one process: each model is open once, and a death costs the one part in flight. With
 `engine.workers` above 1, and no runner named, it works in that many processes, each with models of its own. A runner on
 a cluster (Dataflow, Flink, Spark) is chosen by its options alone, and was not run here; there a job goes on where the
-driver is killed, and its results count. A step's `workers` is not used.
+driver is killed, and its results count. A step's `workers` is not used, which the driver says. A worker process ends
+itself where a part hangs; on Beam's local runner that ends the pipeline, and the next one goes on.
 """
 
 # mypy: allow-untyped-calls
@@ -31,11 +32,13 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from ...models.contract import ModelError
+from ..leases import Waiting
 from ..store import Store
 from ..work import Job
 from . import Engine, EngineError, Event, Listener, local
 from .beam_steps import NO_PART, Notes, chain
-from .follow import follow
+from .follow import follow, others
+from .worker import HANGS
 
 _DEATHS = 2  # pipelines that ended with the part in flight; then it runs alone, as on engine `local`
 _OUTPUT_BYTES = 1 << 20  # of the log of Beam and all its workers
@@ -119,15 +122,25 @@ class _Driver:
     told: set[tuple[str, int]] = field(default_factory=set)  # published
     heard: set[str] = field(default_factory=set)  # notes
     lost: set[int] = field(default_factory=set)
+    waiting: Waiting[int] = field(init=False)
+    hangs: Counter[tuple[int, int]] = field(default_factory=Counter)
     deaths: Counter[tuple[int, int]] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.waiting = Waiting[int](self.store, self.job.run)
 
     def run(self, parts: Sequence[int]) -> None:
         """Submit until every part is done or lost. Raises EngineError where a pipeline gets nowhere."""
         for number in range(sys.maxsize):
             left = [part for part in parts if part not in self.lost]
             before = len(self.told) + len(self.lost)
-            if not left or (text := self._pipeline(left, Notes(self.folder, number))) is None:
-                return
+            text = self._pipeline(left, Notes(self.folder, number)) if left else None
+            if text is None:
+                if not (parts := others(self.waiting, self.listen)):
+                    return
+                continue
+            if self._hung(number):  # it was ended for that one; the others that were under way are not to blame
+                continue
             suspects = self._suspects(number)
             if not suspects and before == len(self.told) + len(self.lost):
                 raise EngineError(f"engine beam: {text}")
@@ -138,6 +151,18 @@ class _Driver:
                 if self.deaths[index, part] == _DEATHS and part not in self.lost:
                     upto = replace(self.job, steps=self.job.steps[: index + 1])
                     local.run(upto, [part], replace(self.engine, workers=1), self.hear)
+
+    def _hung(self, number: int) -> bool:
+        """Whether a pipeline was ended for parts that hang; the second time they are given up."""
+        names = self.store.names(f"{self.folder}/hung", f"{number}-")
+        for name in names:
+            place = int(name.split("-")[1]), int(name.split("-")[2])
+            why = self.store.read(f"{self.folder}/hung/{name}").decode()
+            self.hangs[place] += 1
+            again = self.hangs[place] < HANGS
+            text = why if again else f"{why}, {self.hangs[place]} times"
+            self.hear(Event("retry" if again else "lost", self.job.steps[place[0]].name, place[1], text=text))
+        return bool(names)
 
     def _suspects(self, number: int) -> list[tuple[int, int]]:
         """What a pipeline was at when it broke: steps and parts that did not run alone yet."""
@@ -155,12 +180,18 @@ class _Driver:
         self.listen(event)
 
     def _read_notes(self) -> None:
-        for name in self.store.names(f"{self.folder}/told"):
-            if name.endswith(".json") and name not in self.heard:
-                self.heard.add(name)
-                event = Event(**self.store.read_json(f"{self.folder}/told/{name}"))
-                if event.part == NO_PART:
-                    raise ModelError(event.text)
+        found: list[Event] = []
+        with suppress(OSError):  # a store that is away for a moment
+            for name in self.store.names(f"{self.folder}/told"):
+                if name.endswith(".json") and name not in self.heard:
+                    found.append(Event(**self.store.read_json(f"{self.folder}/told/{name}")))
+                    self.heard.add(name)
+        for event in found:
+            if event.part == NO_PART:
+                raise ModelError(event.text)
+            if event.kind == "wait":
+                self.waiting.add(event.text, event.part)
+            else:
                 self.hear(event)
 
     def _pipeline(self, parts: Sequence[int], notes: Notes) -> str | None:
@@ -213,10 +244,12 @@ def run(job: Job, parts: Sequence[int], engine: Engine, listen: Listener) -> Non
     """
     if find_spec("apache_beam") is None:
         raise EngineError("the engine beam needs `pip install 'vesl[beam]'`")
+    if named := [step.name for step in job.steps if engine.of(step.name).workers]:
+        print(f"vesl: engine beam has no workers of single steps: not used for {', '.join(named)}", file=sys.stderr)
     store = job.open_store()
     folder = f"runs/.beam-{uuid.uuid4().hex}"
     try:
-        for name in ("at", "told"):
+        for name in ("at", "told", "hung"):
             store.fs.makedirs(store.path(f"{folder}/{name}"), exist_ok=True)
         _Driver(job, engine, listen, store, folder).run(parts)
     finally:

@@ -11,35 +11,63 @@ import time
 import traceback
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+
 from ...models.contract import ModelError
-from ..stage import Function, Stage, Step
+from ..leases import LeasedError
+from ..stage import Function, InTwo, Stage, Step
 from ..store import Store
 from ..work import Attempt, Job, run_part
 from . import Engine, Event, Resources
+from .worker import Turn, Watch, in_turn
 
 NO_PART = -1  # of a note that concerns all parts
 _FAULTS = 3  # exceptions of a part before it is given up
 
 
 class _Shared:
-    """A stage's function: opened once per worker process, and called by one thread at a time."""
+    """A stage's function: opened once per worker process, and called by one thread at a time.
+
+    Where it works in two moments, the batches of two parts are prepared ahead, so that it does not wait at the border
+    of parts that come on several threads.
+    """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock, self.places, self.turn = threading.Lock(), threading.Semaphore(2), Turn()
         self.function: Function | None = None
 
-    def __call__(self, batch: Any) -> Any:
-        assert self.function is not None
+    def open(self, stage: Stage) -> bool:
+        """Open it, unless it is open; whether it was opened now."""
         with self.lock:
-            return self.function(batch)
+            if self.function is not None:
+                return False
+            function = stage.open()
+            self.function = in_turn(function, self.turn) if isinstance(function, InTwo) else self._alone(function)
+            return True
+
+    def _alone(self, function: Function) -> Function:
+        def alone(batch: pa.Table) -> pa.Table:
+            with self.lock:
+                return function(batch)
+
+        return alone
+
+    def use(self, until: ExitStack) -> Function:
+        """The open function, for one part."""
+        assert self.function is not None
+        if isinstance(self.function, InTwo):
+            until.enter_context(self.places)
+            until.enter_context(closing(self.turn))
+        return self.function
 
 
 _SHARED: dict[str, _Shared] = {}
 _SHARED_LOCK = threading.Lock()
+_WATCHES: dict[tuple[float | None, float], Watch] = {}  # of this process, by limits
 
 
 @dataclass(frozen=True)
@@ -54,6 +82,11 @@ class Notes:
         if self.folder:
             told = {name: getattr(event, name) for name in ("kind", "step", "part", "seconds", "text")}
             store.write_json(f"{self.folder}/told/{time.time_ns()}-{uuid.uuid4().hex[:8]}.json", told)
+
+    def hung(self, store: Store, index: int, part: int, why: str) -> None:
+        """Say that a part hangs, before this process is ended for it."""
+        if self.folder:
+            store.claim(f"{self.folder}/hung/{self.round}-{index}-{part}-{uuid.uuid4().hex[:8]}", why.encode())
 
     def begin(self, store: Store, index: int, part: int) -> str:
         """Say that an attempt is going on, until `end`."""
@@ -77,14 +110,20 @@ class _Work:
     job: Job
     index: int
     notes: Notes
+    engine: Engine
 
     def __call__(self, part: int) -> Iterator[Any]:
         from apache_beam.pvalue import TaggedOutput
 
         store, step = self.job.open_store(), self.job.steps[self.index]
         name = self.notes.begin(store, self.index, part)
-        text = self._attempts(store, step, part)
-        self.notes.end(store, name)
+        try:
+            text = self._attempts(store, step, part)
+        except LeasedError:
+            self.notes.tell(store, Event("wait", step.name, part, text=step.table(part)))
+            return
+        finally:
+            self.notes.end(store, name)
         yield TaggedOutput("lost", {"step": step.name, "part": part, "text": text}) if text else part
 
     def _attempts(self, store: Store, step: Step, part: int) -> str:
@@ -95,8 +134,11 @@ class _Work:
                 with suppress(Exception):
                     self.notes.tell(store, Event("retry", step.name, part, text=text))
                 time.sleep(2.0**fault / 2)
+            begun = time.monotonic()
             try:
-                result = run_part(self.job, self.index, part, lambda stage: self._open(store, step, part), Attempt())
+                result = self._attempt(store, step, part)
+            except LeasedError:
+                raise
             except ModelError as error:
                 self.notes.tell(store, Event("lost", step.name, NO_PART, text=str(error)))
                 raise
@@ -105,20 +147,30 @@ class _Work:
                 text = f"{type(error).__name__}: {error} ({os.path.basename(where.filename)}:{where.lineno})"
             else:
                 _count(step.name, *result)
+                if result[1]:
+                    self.notes.tell(store, Event("spent", step.name, part, seconds=time.monotonic() - begun))
                 return ""
         _count(step.name, None, False)
         return text
 
-    def _open(self, store: Store, step: Step, part: int) -> Function:
+    def _attempt(self, store: Store, step: Step, part: int) -> tuple[dict[str, Any], bool]:
         with _SHARED_LOCK:  # pipelines of one process may differ in a stage's operational options
             shared = _SHARED.setdefault(f"{step.folder} {step.stage!r}", _Shared())
-        with shared.lock:
-            if shared.function is None:
-                start = time.monotonic()
-                shared.function = step.stage.open()
-                if step.stage.opens_model:
-                    self.notes.tell(store, Event("open", step.name, part, seconds=time.monotonic() - start))
-        return shared
+        watch = self._watch()
+
+        def opener(stage: Stage) -> Function:
+            start = time.monotonic()
+            if shared.open(stage) and stage.opens_model:
+                self.notes.tell(store, Event("open", step.name, part, seconds=time.monotonic() - start))
+            return shared.use(until)
+
+        with ExitStack() as until, watch.over(lambda why: self.notes.hung(store, self.index, part, why)):
+            attempt = Attempt(on_rows=watch.hear, on_key=lambda key: shared.turn.close())
+            return run_part(self.job, self.index, part, opener, attempt)
+
+    def _watch(self) -> Watch:
+        with _SHARED_LOCK:
+            return _WATCHES.setdefault((self.engine.part_time_limit_s, self.engine.silence_limit_s), Watch(self.engine))
 
 
 def _count(step: str, footer: Mapping[str, Any] | None, fresh: bool) -> None:
@@ -138,7 +190,12 @@ def _tell_lost(lost: Mapping[str, Any], job: Job, notes: Notes) -> None:
 
 
 def through(
-    job: Job, index: int, resources: Resources | None = None, reshuffle: bool = True, notes: Notes | None = None
+    job: Job,
+    index: int,
+    resources: Resources | None = None,
+    reshuffle: bool = True,
+    notes: Notes | None = None,
+    engine: Engine | None = None,
 ) -> Any:
     """Step `index` of a job as a composite PTransform, `vesl.<step>`, also for a pipeline of your own.
 
@@ -159,11 +216,13 @@ def through(
     steps go on: one process with many threads holds one model; `multi_processing` and SDK containers one each.
     Counters, namespace `vesl`: `<step>.kept`, `<step>.rejected.<reason>`, `<step>.failed.<reason>` in rows, found done
     or not; `<step>.parts`, `<step>.parts_found_done`, `<step>.parts_lost`. A ModelError fails the pipeline.
+    Where an attempt is over a limit of `engine`, its worker process is ended; without one there are no limits.
     """
     import apache_beam as beam
 
     step = job.steps[index]
-    transform: Any = beam.ptransform_fn(_expand)(_Work(job, index, notes or Notes()), reshuffle)
+    work = _Work(job, index, notes or Notes(), engine or Engine(silence_limit_s=math.inf))
+    transform: Any = beam.ptransform_fn(_expand)(work, reshuffle)
     if hints := _hints(step.stage, resources):
         transform = transform.with_resource_hints(**hints)
     return f"vesl.{step.name}" >> transform
@@ -193,7 +252,7 @@ def chain(pipeline: Any, job: Job, parts: Sequence[int], engine: Engine, notes: 
     flowing, lost, before = pipeline | "parts" >> beam.Create(list(parts), reshuffle=False), [], None
     for index, step in enumerate(job.steps):
         hints = _hints(step.stage, engine.of(step.name))
-        out = flowing | through(job, index, engine.of(step.name), reshuffle=hints != before, notes=notes)
+        out = flowing | through(job, index, engine.of(step.name), reshuffle=hints != before, notes=notes, engine=engine)
         flowing, before = out.parts, hints
         lost.append(out.lost)
     lost | "lost" >> beam.Flatten() | "tell" >> beam.Map(_tell_lost, job, notes)

@@ -1,8 +1,9 @@
 """Engine `ray`: a Ray Data pipeline over part numbers, on this machine or on a cluster.
 
-Every step is an operator of its own, named after it (`Map(Caption)`), with its own pool of actors; Ray fuses no two
-pools into one operator. What must survive a worker lies in the store: a part's attempts leave marks in its wip folder,
-so a part that kills its worker is known for it on whatever node it comes up next.
+Every step is an operator of its own, named after it (`MapBatches(Caption)`), with its own pool of actors; Ray fuses no
+two pools into one operator. Its rows travel in blocks, of one part each but where there are very many. What must
+survive a worker lies in the store: a part's attempts leave marks in its wip folder, so a part that kills its worker is
+known for it on whatever node it comes up next.
 """
 
 import functools
@@ -16,21 +17,27 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from queue import SimpleQueue
-from threading import Lock, Thread
+from threading import Lock, Semaphore, Thread
 from typing import Any
 
+import pyarrow as pa
+
 from ...models.contract import ModelError
+from ..leases import LeasedError, Waiting
 from ..stage import Function, Stage, Step
-from ..store import wip
+from ..store import Store, wip
 from ..work import Attempt, Job, run_part
 from . import Engine, EngineError, Event, Listener, local
-from .follow import follow
-from .worker import Turn, in_turn
+from .follow import follow, others
+from .worker import HANGS, Turn, Watch, in_turn
 
-_WAVE = 5000  # parts submitted at once: the driver holds a few kilobytes for each
+_BLOCKS = 5000  # submitted at once: the driver holds a few kilobytes for each
+_TOGETHER = 64  # parts in a block, at most
+_BLOCKS_A_WORKER = 200  # before parts go together: enough to be shared evenly
 _DEATHS = 2  # of a part's worker; then the part runs in a subprocess of one
 _GIVE_UP = 8  # deaths: it is not the part's rows that kill
 _FAULTS = 3  # exceptions of a part (a store that is away, a full disk) before it is given up
@@ -49,10 +56,21 @@ def run(job: Job, parts: Sequence[int], engine: Engine, listen: Listener) -> Non
     Raises ModelError where a model cannot be opened, EngineError where Ray cannot be used; whatever `listen` raises
     ends the run.
     """
+    told: set[tuple[str, int]] = set()
+    waiting = Waiting[int](job.open_store(), job.run)
+    last, todo = job.steps[-1].name, list(parts)
     with _cluster(engine):
         identity = uuid.uuid4().hex[:8]
-        for start in range(0, len(parts), _WAVE):
-            _carry(job, parts[start : start + _WAVE], engine, identity, listen)
+        while todo:
+            wave, before = todo[: _BLOCKS * _TOGETHER], len(told)
+            try:
+                _carry(job, wave, engine, identity, waiting, told, listen)
+                todo = todo[len(wave) :]
+            except _DiedError:  # an actor, again and again: on a cluster whose nodes come and go that is not the end
+                if len(told) == before:
+                    raise
+                todo = [part for part in todo if (last, part) not in told]
+            todo = todo or others(waiting, listen)
 
 
 @contextmanager
@@ -99,7 +117,15 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _carry(job: Job, parts: Sequence[int], engine: Engine, identity: str, listen: Listener) -> None:
+def _carry(
+    job: Job,
+    parts: Sequence[int],
+    engine: Engine,
+    identity: str,
+    waiting: Waiting[int],
+    told: set[tuple[str, int]],
+    listen: Listener,
+) -> None:
     """One wave: Ray in a thread, events in this one, so that whatever `listen` raises ends the work at once."""
     import ray
 
@@ -119,29 +145,37 @@ def _carry(job: Job, parts: Sequence[int], engine: Engine, identity: str, listen
     def running() -> bool:
         going = thread.is_alive()
         while not arrived.empty():
-            _hear(arrived.get(), listen)
+            _hear(arrived.get(), job, waiting, listen)
         return going
 
     thread = Thread(target=drive, daemon=True, name="vesl-ray")
     thread.start()
     try:
-        follow(job, parts, running, listen, _POLL_S)
+        follow(job, parts, running, listen, _POLL_S, told)
     finally:
         executor.shutdown(force=True)
 
 
-def _hear(row: Row | Exception, listen: Listener) -> None:
+def _hear(row: Row | Exception, job: Job, waiting: Waiting[int], listen: Listener) -> None:
     if isinstance(row, Exception):
+        from ray.exceptions import ActorDiedError
+
         text = str(row)
         if "No module named 'vesl" in text:
             text = f"a worker cannot import vesl: install vesl {_version()} on every node"
-        raise EngineError(f"ray: {type(row).__name__}: {text.strip().splitlines()[-1] if text else ''}") from row
+        kind = _DiedError if isinstance(row, ActorDiedError) else EngineError
+        raise kind(f"ray: {type(row).__name__}: {text.strip().splitlines()[-1] if text else ''}") from row
     for kind, step, text in json.loads(row["said"]):
         if kind == "model":
             raise ModelError(text)
         if kind == "version":
             raise EngineError(text)
-        listen(Event(kind, step, row["part"], text=text))
+        if kind == "leased":
+            waiting.add(text, row["part"])
+        elif kind in ("spent", "open"):
+            listen(Event(kind, step, row["part"], seconds=float(text)))
+        else:
+            listen(Event(kind, step, row["part"], text=text))
 
 
 def dataset(job: Job, parts: Sequence[int], engine: Engine, identity: str) -> Any:
@@ -161,15 +195,18 @@ def dataset(job: Job, parts: Sequence[int], engine: Engine, identity: str) -> An
             raise EngineError(f"ray: an actor for each step needs {need:g} {kind}s, there are {has.get(kind, 0):g}")
     job = replace(job, workers={name: want["max_size"] for name, want in wants.items()})
     rows = [{"part": part, "state": "", "said": "[]"} for part in parts]
-    data: Any = ray.data.from_items(rows, override_num_blocks=len(rows))
+    together = _together(len(rows), max(want["max_size"] for want in wants.values()))
+    data: Any = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // together))
     data.context.enable_progress_bars = data.context.print_on_execution_start = False
     data.context.autoscaling_config.actor_pool_util_upscaling_threshold = 0.9  # busy; by default: and as much in queue
     for index, step in enumerate(job.steps):
         want = wants[step.name]
         parts_at_once = 2 if step.stage.opens_model else 1  # see Operator
-        data = data.map(
+        data = data.map_batches(
             type(step.name.capitalize(), (Operator,), {}),  # Ray names the operator after its class
-            fn_constructor_args=(job, index, identity, _version()),
+            batch_size=None,  # a block
+            batch_format="pyarrow",
+            fn_constructor_args=(job, index, identity, _version(), engine),
             compute=ActorPoolStrategy(
                 min_size=want["min_size"],
                 max_size=want["max_size"],
@@ -182,6 +219,11 @@ def dataset(job: Job, parts: Sequence[int], engine: Engine, identity: str) -> An
             runtime_env=dict(engine.of(step.name).runtime_env) or None,
         )
     return data
+
+
+def _together(parts: int, workers: int) -> int:
+    """How many parts travel in one block: more than one where Ray's work for each block would add up."""
+    return max(1, min(_TOGETHER, max(parts // (workers * _BLOCKS_A_WORKER), -(-parts // _BLOCKS))))
 
 
 def resources(step: Step, steps: int, engine: Engine, has: dict[str, float]) -> dict[str, Any]:
@@ -204,6 +246,10 @@ def _version() -> str:
     return importlib.metadata.version("vesl")
 
 
+class _DiedError(EngineError):
+    """An actor died too often."""
+
+
 class Operator:
     """One step on an actor. What goes wrong with a part travels on in its row; no exception ends the pipeline.
 
@@ -212,18 +258,31 @@ class Operator:
     border of two parts. A part that killed a worker before has the actor to itself.
     """
 
-    def __init__(self, job: Job, index: int, identity: str, version: str) -> None:
+    def __init__(self, job: Job, index: int, identity: str, version: str, engine: Engine) -> None:
         self._job, self._index, self._identity, self._wanted = job, index, identity, version
-        self._step = job.steps[index]
+        self._step, self._engine = job.steps[index], engine
         self._function: Function | None = None
-        self._gate, self._turn = Lock(), Turn()
+        self._opening = 0.0
+        self._places, self._gate, self._turn = Semaphore(2), Lock(), Turn()
+        self._watch, self._marks = Watch(engine), set[str]()
+        self._end = ""  # "model" or "version": no part can be done here
 
-    def __call__(self, row: Row) -> Row:
-        """Do the step for one part."""
-        if row["state"]:
-            return row
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Do the step for the parts of a block, which is told of in the same rows."""
+        rows = block.to_pylist()
+        if len(rows) > 1 and self._step.stage.opens_model:
+            with ThreadPoolExecutor(2) as pool:
+                rows = list(pool.map(self._row, rows))
+        else:
+            rows = [self._row(row) for row in rows]
+        return pa.Table.from_pylist(rows, schema=block.schema)
+
+    def _row(self, row: Row) -> Row:
+        if row["state"] or self._end:
+            return row | {"state": row["state"] or self._end}
         said: list[tuple[str, str, str]] = []
         state = self._carry(row["part"], lambda kind, text: said.append((kind, self._step.name, text)))
+        self._end = state if state in ("model", "version") else self._end
         return {"part": row["part"], "state": state, "said": json.dumps([*json.loads(row["said"]), *said])}
 
     def _carry(self, part: int, say: Callable[[str, str], None]) -> str:
@@ -233,7 +292,11 @@ class Operator:
             return "version"
         for left in range(_FAULTS - 1, -1, -1):
             try:
-                return self._attempt(part, say)
+                with self._places:
+                    return self._attempt(part, say)
+            except LeasedError:
+                say("leased", self._step.table(part))
+                return "leased"
             except ModelError as error:
                 say("model", str(error))
                 return "model"
@@ -252,32 +315,55 @@ class Operator:
         gate = ExitStack()
         gate.enter_context(self._gate)
         with gate, closing(self._turn):
-            deaths = len(store.names(folder, prefix))
+            marks = store.names(folder)
+            if hangs := [name for name in marks if name.startswith(f"hung-{self._identity}-")]:
+                why = store.read(f"{folder}/{hangs[-1]}").decode()
+                if len(hangs) >= HANGS:
+                    say("lost", f"{why}, {len(hangs)} times")
+                    return "lost"
+                say("retry", why)
+            deaths = len([name for name in marks if name.startswith(prefix)])
             if deaths:
                 say("retry" if deaths < _GIVE_UP else "lost", f"the worker died, {deaths} times in this run")
                 self._turn.take()
             if deaths >= _GIVE_UP:
                 return "lost"
             mark = f"{folder}/{prefix}{uuid.uuid4().hex[:8]}"
-            store.fs.makedirs(store.path(folder), exist_ok=True)
-            store.fs.pipe_file(store.path(mark), f"{platform.node()} {os.getpid()} {time.time():.0f}\n".encode())
+            store.claim(mark, f"{platform.node()} {os.getpid()} {time.time():.0f}\n".encode())
+            self._marks.add(mark)
             try:
                 if deaths >= _DEATHS:
                     return self._alone(part, say)
                 read = Attempt().on_read if deaths else gate.close
-                attempt = Attempt(on_key=lambda key: self._turn.close(), on_read=read)
-                footer, fresh = run_part(self._job, self._index, part, self._open, attempt)
+                attempt = Attempt(on_rows=self._watch.hear, on_key=lambda key: self._turn.close(), on_read=read)
+                begun = time.monotonic()
+                with self._watch.over(lambda why: self._hung(store, f"{folder}/hung-{self._identity}", why)):
+                    footer, fresh = run_part(self._job, self._index, part, self._open, attempt)
             except Exception:
                 with suppress(Exception):  # a fault is no death; left where the store is away, it counts as one
                     store.remove(mark)
                 raise
+            finally:
+                self._marks.discard(mark)
+            opening, self._opening = self._opening, 0.0
+            if opening:
+                say("open", f"{opening:.3f}")
             if fresh:
                 count(footer)
+                say("spent", f"{time.monotonic() - begun - opening:.3f}")
             return ""
+
+    def _hung(self, store: Store, name: str, why: str) -> None:
+        """Before this process is ended for a part that hangs: that is the fault of no other, and no death."""
+        store.claim(f"{name}-{time.time_ns()}", why.encode())
+        for mark in list(self._marks):
+            store.remove(mark)
 
     def _open(self, stage: Stage) -> Function:
         if self._function is None:
+            begun = time.monotonic()
             self._function = in_turn(stage.open(), self._turn)
+            self._opening = time.monotonic() - begun if stage.opens_model else 0.0
         return self._function
 
     def _alone(self, part: int, say: Callable[[str, str], None]) -> str:
@@ -295,7 +381,12 @@ class Operator:
             if event.kind == "done" and event.step == self._step.name:
                 count(event.footer)
 
-        local.run(replace(self._job, steps=self._job.steps[: self._index + 1]), [part], Engine(workers=1), listen)
+        local.run(
+            replace(self._job, steps=self._job.steps[: self._index + 1]),
+            [part],
+            replace(self._engine, workers=1),
+            listen,
+        )
         return state
 
 

@@ -1,7 +1,7 @@
 """A worker process of the engine `local`: parts in, messages out, its models loaded once.
 
 The driver sends (thread, task), and hears (thread, kind, value) of how the task goes: `rows`, `key`, `open`, `read`,
-and, at the end, `done`, `fault` or `model`.
+and, at the end, `done`, `fault`, `model` or `leased`.
 """
 
 import multiprocessing as mp
@@ -10,8 +10,8 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -21,11 +21,15 @@ from typing import Any
 import pyarrow as pa
 
 from ...models.contract import ModelError
+from ..leases import LeasedError
 from ..stage import Function, InTwo, Stage
 from ..work import Attempt, Job, run_part
+from . import Engine
 
+HANGS = 2  # attempts that took too long; then the part is given up
 DEATHS = 2  # of a part's worker, with other rows; then the part runs alone
 _TICK_S = 0.5  # how often a busy worker tells how many rows it has done
+_TELL_S = 30.0
 
 
 @dataclass
@@ -37,6 +41,9 @@ class Task:
     deaths: int = 0
     faults: int = 0
     culprits: frozenset[str] = frozenset()
+    hangs: int = 0
+    begun: float = 0.0  # the attempt; or when its worker was done with the task before
+    hung: str = ""  # why its worker was ended
     read: bool = False  # all its rows are on their way to the model
 
     @property
@@ -75,6 +82,54 @@ def in_turn(function: Function, turn: Turn) -> Function:
 
         function.finish = finish_in_turn
     return function
+
+
+class Watch:
+    """Ends this process where the oldest attempt in it takes too long, as nothing else ends a call that hangs.
+
+    Those beside it may wait for it, so their time begins at its end.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._heard, self._began = engine, 0.0, 0.0
+        self._attempts: dict[object, Callable[[str], None]] = {}  # in the order of their beginnings
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def hear(self, rows: int = 1) -> None:
+        """Something was finished."""
+        self._heard = time.monotonic()
+
+    @contextmanager
+    def over(self, at_end: Callable[[str], None]) -> Iterator[None]:
+        """Watch over an attempt; before the process is ended for it, `at_end` hears why."""
+        attempt = object()
+        with self._lock:
+            if not self._attempts:
+                self._began = time.monotonic()
+            self._attempts[attempt] = at_end
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._watch, daemon=True, name="vesl-watch")
+                self._thread.start()
+        try:
+            yield
+        finally:
+            with self._lock:
+                if next(iter(self._attempts)) is attempt:
+                    self._began = time.monotonic()
+                del self._attempts[attempt]
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(_TICK_S)
+            with self._lock:
+                at_end = next(iter(self._attempts.values()), None)
+                deadline, why = self._engine.deadline(self._began, self._heard)
+            if at_end is not None and time.monotonic() > deadline:
+                telling = threading.Thread(target=at_end, args=(why,), daemon=True)
+                telling.start()
+                telling.join(_TELL_S)  # the store may be what hangs
+                os._exit(1)
 
 
 def live(job: Job, pipe: Connection, output: Connection) -> None:
@@ -144,6 +199,8 @@ def _try(
     try:
         result = run_part(job, task.index, task.part, opener, attempt)
         tell("done", (time.monotonic() - start, result))
+    except LeasedError:
+        tell("leased")
     except ModelError as error:
         tell("model", str(error))
     except Exception as error:  # noqa: BLE001  (a fault of a part, not of the run: the driver decides)

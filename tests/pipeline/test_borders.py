@@ -1,4 +1,4 @@
-"""Where one part ends and the next begins, a model does not wait: engines `local` and `ray`."""
+"""Where one part ends and the next begins, a model does not wait: all engines."""
 
 import json
 import os
@@ -93,13 +93,21 @@ def captions(world: World) -> dict[str, tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["local", "ray"])
-def test_the_next_part_is_prepared_while_the_model_is_at_the_last(world: World, log: Path, kind: str) -> None:
-    if kind == "ray":
-        pytest.importorskip("ray")
+@pytest.fixture(params=["local", "ray", "beam"])
+def engine(world: World, log: Path, request: pytest.FixtureRequest) -> str:
+    """Beam's workers take several parts at a time where they have threads, as they have on a cluster."""
+    pytest.importorskip({"beam": "apache_beam", "ray": "ray"}.get(request.param, "vesl"))
+    world.document["engine"]["kind"] = request.param
+    if request.param == "beam":
+        world.document["engine"]["options"] = ["--direct_running_mode=multi_threading", "--direct_num_workers=3"]
+    world.write()
+    return str(request.param)
+
+
+def test_the_next_part_is_prepared_while_the_model_is_at_the_last(world: World, log: Path, engine: str) -> None:
     texts = {i: f"ball {i}" for i in range(30)}
     world.list_urls("a", world.images(30, captions=texts))
-    done = world.run("run", "--until", "caption", "--set", f"engine.kind={kind}")
+    done = world.run("run", "--until", "caption")
     assert done.returncode == 0, done.stderr
     assert captions(world) == {text: ("kept", f"{text} on a table") for text in texts.values()}
 
@@ -125,16 +133,13 @@ def test_the_next_part_is_prepared_while_the_model_is_at_the_last(world: World, 
     assert any(ahead)  # of a busy machine's parts, some come too late
 
 
-@pytest.mark.parametrize("kind", ["local", "ray"])
-def test_vllm_has_requests_of_two_parts_at_once(world: World, log: Path, kind: str) -> None:
-    if kind == "ray":
-        pytest.importorskip("ray")
+def test_vllm_has_requests_of_two_parts_at_once(world: World, log: Path, engine: str) -> None:
     world.document["steps"]["caption"]["model"] = "tests.pipeline.test_borders:continuous@1"
     world.write()
     texts = {i: f"ball {i}" for i in range(30)}
     world.list_urls("a", world.images(30, captions=texts))
     for step in ("download", "caption"):
-        done = world.run("run", "--until", step, "--set", f"engine.kind={kind}")
+        done = world.run("run", "--until", step)
         assert done.returncode == 0, done.stderr
     assert captions(world) == {text: ("kept", f"{text} on a table") for text in texts.values()}
     inputs = sorted((Path(world.store) / "input").glob("*/part-*.parquet"))

@@ -393,8 +393,8 @@ def test_two_runs_at_once(filled: World) -> None:
         for c in commands
     ]
     for process in processes:
-        assert process.communicate(timeout=100)[1] is not None
-        assert process.returncode == 0
+        said = process.communicate(timeout=100)[1]
+        assert process.returncode == 0, said
     got = filled.contents("dedup")
     shutil.rmtree(Path(filled.store) / "dedup")
     run(filled.load(), "dedup")

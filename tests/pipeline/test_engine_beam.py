@@ -11,15 +11,18 @@ from typing import Any
 
 import psutil
 import pytest
+from PIL import Image
 
 from tests.webserver import WebServer
 from tests.world import World
-from vesl.models.contract import ModelError
+from vesl.models.contract import ModelError, PlainCaptioner
+from vesl.pipeline import leases
 from vesl.pipeline.engines import Engine, EngineError, Event, Resources, beam
 from vesl.pipeline.engines.beam_steps import through
 from vesl.pipeline.ingest import ingest
 from vesl.pipeline.plan import Plan, make_plan
-from vesl.pipeline.store import Store
+from vesl.pipeline.run import _ingest
+from vesl.pipeline.store import Store, wip
 
 MADE = ("caption", "phrases", "ground", "select", "pack")
 
@@ -238,3 +241,49 @@ def test_beam_is_not_installed(made: World, monkeypatch: pytest.MonkeyPatch) -> 
     plan: Plan = make_plan(made.load())
     with pytest.raises(EngineError, match=r"pip install 'vesl\[beam\]'"):
         beam.run(plan.job(), (0,), replace(plan.recipe.engine), lambda event: None)
+
+
+def hanging() -> PlainCaptioner:
+    """Hangs where the alt text says so."""
+
+    def caption(images: Sequence[Image.Image], alt_texts: Sequence[str]) -> list[list[str]]:
+        if "hang" in alt_texts:
+            time.sleep(600)
+        return [[text] for text in alt_texts]
+
+    return caption
+
+
+def test_a_part_that_hangs_is_given_up_and_one_of_another_run_is_waited_for(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(leases, "POLL_S", 0.1)
+    world.list_urls("a", world.images(15, captions={4: "hang"}))
+    world.document["steps"]["caption"]["model"] = "tests.pipeline.test_engine_beam:hanging@1"
+    world.write()
+    plan = _ingest(world.load(), "caption")
+    alts = [plan.store.read_table(name, ["alt_text"])["alt_text"].to_pylist() for name in plan.job().inputs]
+    bad = next(part for part, texts in enumerate(alts) if "hang" in texts)
+    other = (bad + 1) % 3
+    lease = f"{wip(plan.steps[1].table(other))}/lease-00000"
+    plan.store.create(lease, b"{}")
+    events: list[Event] = []
+
+    def listen(event: Event) -> None:
+        events.append(event)
+        if event.kind == "wait":
+            plan.store.remove(lease)
+
+    engine = Engine(kind="beam", silence_limit_s=10, caption=Resources(workers=1))
+    beam.run(replace(plan.job(), run="mine"), plan.todo(), engine, listen)
+    assert of(events, "retry") == of(events, "lost") == [("caption", bad)]
+    assert len(of(events, "wait")) == 1
+    assert sorted(of(events, "done")) == sorted(
+        (step, part) for step in ("download", "caption") for part in range(3) if (step, part) != ("caption", bad)
+    )
+    assert sorted(set(of(events, "done"))) == sorted(set(of(events, "spent")))
+    (text,) = [event.text for event in events if event.kind == "lost"]
+    assert text == "no batch was finished in engine.silence_limit_s = 10, so its worker was ended, 2 times"
+    leases.give_back(plan.store, [step.folder for step in plan.steps], "mine")  # as `vesl run` does at its end
+    assert not list(Path(world.store).rglob("lease-*"))
+    assert "engine beam has no workers of single steps: not used for caption" in capsys.readouterr().err

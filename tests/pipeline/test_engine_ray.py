@@ -3,19 +3,23 @@
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from PIL import Image
 
 from tests.world import ROOT, World
-from vesl.models.contract import ModelError
+from vesl.models.contract import ModelError, PlainCaptioner
+from vesl.pipeline import leases
 from vesl.pipeline.engines import Engine, EngineError, Event, Resources, local
 from vesl.pipeline.engines import ray as engine
 from vesl.pipeline.plan import Plan
 from vesl.pipeline.run import _ingest
+from vesl.pipeline.store import wip
 
 STEPS = ("download", "caption", "phrases", "ground", "select", "pack")
 
@@ -73,16 +77,18 @@ def test_same_bytes_as_the_local_engine_in_an_operator_for_each_step(
     os.rename(world.store, f"{world.store}-local")
     events = carry(planned(world), ground=Resources(workers=2, min_workers=2, cpus=0.3))
     assert world.contents(*STEPS) == want
-    assert sorted((e.kind, e.step, e.part, e.fresh) for e in events) == sorted(
-        ("done", step, part, True) for step in STEPS for part in range(4)
-    )
+    for kind in ("done", "spent"):
+        told = sorted((e.step, e.part, e.fresh) for e in events if e.kind == kind)
+        assert told == sorted((step, part, True) for step in STEPS for part in range(4))
+    assert {e.step for e in events if e.kind == "open"} == {"caption", "phrases", "ground"}
+    assert {e.kind for e in events} == {"done", "spent", "open"}
     assert not list(Path(world.store).rglob("*.wip"))
 
     operators = list(executors[0]._topology)
-    assert [op.name for op in operators] == ["Input", *(f"Map({step.capitalize()})" for step in STEPS)]
+    assert [op.name for op in operators] == ["Input", *(f"MapBatches({step.capitalize()})" for step in STEPS)]
     for op in operators[1:]:
         pool, resources = op._actor_pool, op._ray_remote_args
-        share = (0.3, 2, 2) if op.name == "Map(Ground)" else (0.16, 1, 1)
+        share = (0.3, 2, 2) if op.name == "MapBatches(Ground)" else (0.16, 1, 1)
         assert (resources["num_cpus"], pool.min_size(), pool.max_size()) == share
     deadline = time.monotonic() + 10
     while workers():
@@ -107,14 +113,15 @@ def test_a_row_that_kills_its_worker_fails_as_crashed(cluster: Any, world: World
 def test_a_part_that_cannot_be_read_is_lost_and_the_others_finish(
     cluster: Any, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "_WAVE", 2)
+    monkeypatch.setattr(engine, "_BLOCKS", 2)
+    monkeypatch.setattr(engine, "_TOGETHER", 1)
     world.list_urls("a", world.images(15))
     plan = planned(world, until="caption")
     Path(world.store, plan.job().inputs[1]).write_bytes(b"PAR1 nonsense")
     events = carry(plan)
-    troubles = [(e.kind, e.step, e.part) for e in events if e.kind != "done"]
+    troubles = [(e.kind, e.step, e.part) for e in events if e.kind not in ("done", "open", "spent")]
     assert troubles == [("retry", "download", 1)] * 2 + [("lost", "download", 1)]
-    assert all("ArrowInvalid" in event.text for event in events if event.kind == "lost")
+    assert all("no whole Parquet file" in event.text for event in events if event.kind == "lost")
     done = sorted((e.step, e.part) for e in events if e.kind == "done")
     assert done == [("caption", 0), ("caption", 2), ("download", 0), ("download", 2)]
 
@@ -199,3 +206,55 @@ def test_without_the_package_the_error_says_what_to_install(world: World, monkey
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(EngineError, match=r"the engine ray needs `pip install 'vesl\[ray\]'`"):
         carry(plan)
+
+
+def test_a_part_that_hangs_is_given_up_and_one_of_another_run_is_waited_for(
+    cluster: Any, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "POLL_S", 0.1)
+    world.list_urls("a", world.images(10, captions={4: "hang"}))
+    plan = planned(world, "steps.caption.model=tests.pipeline.test_engine_ray:hanging@1", until="caption")
+    alts = [plan.store.read_table(name, ["alt_text"])["alt_text"].to_pylist() for name in plan.job().inputs]
+    bad = next(part for part, texts in enumerate(alts) if "hang" in texts)
+    lease = f"{wip(plan.steps[1].table(1 - bad))}/lease-00000"
+    plan.store.create(lease, b"{}")
+    events: list[Event] = []
+
+    def listen(event: Event) -> None:
+        events.append(event)
+        if event.kind == "wait":
+            plan.store.remove(lease)
+
+    options = Engine(kind="ray", workers=1, silence_limit_s=10)
+    engine.run(replace(plan.job(), run="mine"), plan.todo(), options, listen)
+    told = [(e.kind, e.step, e.part) for e in events if e.kind not in ("open", "spent")]
+    assert told.count(("lost", "caption", bad)) == 1
+    (wait,) = [e.text for e in events if e.kind == "wait"]
+    assert wait.endswith(f"at work on {plan.steps[1].table(1 - bad)}")
+    assert told.index(("wait", "", -1)) < told.index(("done", "caption", 1 - bad))
+    assert {e.text for e in events if e.kind == "lost"} == {
+        "no batch was finished in engine.silence_limit_s = 10, so its worker was ended, 2 times"
+    }
+    leases.give_back(plan.store, [step.folder for step in plan.steps], "mine")  # as `vesl run` does at its end
+    assert not list(Path(world.store).rglob("lease-*"))
+
+
+def hanging() -> PlainCaptioner:
+    """Hangs where the alt text says so."""
+
+    def caption(images: Sequence[Image.Image], alt_texts: Sequence[str]) -> list[list[str]]:
+        if "hang" in alt_texts:
+            time.sleep(600)
+        return [[text] for text in alt_texts]
+
+    return caption
+
+
+def test_parts_travel_together_where_they_are_very_many() -> None:
+    assert [engine._together(*of) for of in ((1, 2), (400, 2), (2000, 2), (20_000, 64), (10**6, 64))] == [
+        1,
+        1,
+        5,
+        4,
+        64,
+    ]

@@ -61,7 +61,7 @@ def test_base_is_inherited_and_overridden(tmp_path: Path) -> None:
         (GOOD, ["steps.phrases.tagger=en_core_web_sm"], "steps.phrases.tagger: 'en_core_web_sm' is not pinned"),
         (GOOD, ["engine.kind=spark"], "engine.kind: 'spark' is not one of local, ray, beam"),
         (SERVED, ["steps.caption.endpoint.url=a b"], "steps.caption.endpoint.url: is not like http://host:8000/v1"),
-        (SERVED, ["steps.caption.dtype=float16"], "steps.caption.device, dtype and compile: are the server's to choose"),
+        (SERVED, ["steps.caption.dtype=float16"], "caption.device, dtype and compile: are the server's to choose"),
         (SERVED, ["steps.caption.batch_tokens=0"], "steps.caption.batch_tokens: 0 is not a positive number"),
         (GOOD, ["dataset.only_parts=a-b"], "dataset.only_parts: 'a-b' is not like 0-3"),
         (GOOD, ["dataset.only_parts=5-2"], "dataset.only_parts: '5-2' is not like 0-3"),

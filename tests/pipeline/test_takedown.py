@@ -302,8 +302,8 @@ def test_a_compaction_between_plan_and_index_is_seen(filled: World, monkeypatch:
     add(store, listed(filled, key(url(filled, 3))))
     made = running.make_plan
 
-    def slow(*arguments: Any) -> Plan:
-        plan = made(*arguments)
+    def slow(*arguments: Any, **named: Any) -> Plan:
+        plan = made(*arguments, **named)
         compact(store)
         return plan
 

@@ -1,0 +1,100 @@
+"""Images/s of a step over the best possible, preparing being dearer than the model: `python -m tests.bench.overlap`.
+
+The model sleeps for a fixed time a batch; preparing a batch takes 1.3 times the CPU that two threads have in that time,
+so two cores can at best be always busy with preparing, from the first batch of the first part to the last of the last.
+The best possible is measured in the same run: the same work in two threads that do nothing else. With `--cost 0.7` the
+model is what holds up, and the best possible is that it never waits.
+
+Wants two cores to itself. Starting the engine and opening the model are not in it.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tests.webserver import WebServer
+from tests.world import World
+from vesl.models.contract import Written
+
+PARTS, BATCHES, BATCH = 8, 8, 8
+MODEL_S = 0.15
+_PAGE = bytes(1 << 20)
+
+
+def work(mebibytes: int) -> None:
+    """CPU time outside of Python's lock, as decoding and resizing have it."""
+    digest = hashlib.sha256()
+    for _ in range(mebibytes):
+        digest.update(_PAGE)
+
+
+class Sleeper:
+    """Notes when it does what in the file OVERLAP_LOG."""
+
+    def __init__(self) -> None:
+        self._mebibytes = int(os.environ["OVERLAP_MEBIBYTES"])
+
+    def _note(self, what: str) -> None:
+        with open(os.environ["OVERLAP_LOG"], "a", encoding="utf-8") as log:
+            log.write(json.dumps([time.monotonic(), what]) + "\n")
+
+    def prepare(self, jpegs: Sequence[bytes], alt_texts: Sequence[str]) -> Sequence[str]:
+        self._note("prepare")
+        work(self._mebibytes)
+        return alt_texts
+
+    def __call__(self, prepared: Sequence[str]) -> list[list[Written]]:
+        time.sleep(MODEL_S)
+        self._note("called")
+        return [[Written(f"{text} on a table")] for text in prepared]
+
+
+def open_sleeper() -> Sleeper:
+    return Sleeper()
+
+
+def two_threads(mebibytes: int, batches: int) -> float:
+    """Seconds that the preparing alone takes."""
+    start = time.monotonic()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, [mebibytes] * batches))
+    return time.monotonic() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engines", nargs="+", default=["local", "ray"])
+    parser.add_argument("--cost", type=float, default=1.3)
+    arguments = parser.parse_args()
+    batches = PARTS * BATCHES
+    mebibytes = round(arguments.cost * MODEL_S * 100 / (two_threads(100, 8) / 8))
+    for kind in arguments.engines:
+        with tempfile.TemporaryDirectory() as folder, WebServer() as server:
+            world = World(Path(folder), server)
+            world.document["dataset"]["rows_per_part"] = BATCHES * BATCH
+            world.document["steps"]["caption"]["model"] = "tests.bench.overlap:open_sleeper@1"
+            resources = {"workers": 1, "batch": BATCH, "threads": 2}
+            world.document["engine"] = {"kind": kind, "workers": 2, "caption": resources}
+            world.write()
+            world.list_urls("a", world.images(batches * BATCH))
+            log = Path(folder) / "log"
+            environment = {"OVERLAP_LOG": str(log), "OVERLAP_MEBIBYTES": str(mebibytes)}
+            for step in ("download", "caption"):
+                done = world.run("run", "--until", step, env=environment)
+                assert done.returncode == 0, done.stderr
+            events = sorted(json.loads(line) for line in log.read_text().splitlines())
+        assert sum(what == "called" for _, what in events) >= batches
+        took_s = events[-1][0] - events[0][0]
+        best_s = max(two_threads(mebibytes, batches), batches * MODEL_S)
+        rate, share = batches * BATCH / took_s, best_s / took_s
+        print(f"{kind}: {rate:.1f} images/s, {share:.3f} of the best possible ({took_s:.1f} s, {best_s:.1f} s)")
+
+
+if __name__ == "__main__":
+    main()
