@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from ..transforms.outcomes import Drop
-from .archives import ENDINGS, members, split
+from .archives import ENDINGS, image_of, samples
 from .fetch import cores
 from .request import Fetched
 from .respect import RespectRule, check_domain
@@ -94,7 +94,7 @@ class Archives:
         if fs is None:
             fs, name = fsspec.url_to_fs(path, **{**self._options, "use_listings_cache": False})
         kind: Callable[[Any, str], _Tar | _Folder | _Table]
-        kind = _Table if row is not None else _Tar if path.endswith(".tar") else _Folder
+        kind = _Table if row is not None else _Tar if path.lower().endswith(".tar") else _Folder
         pauses_s = iter(() if isinstance(fs, LocalFileSystem) else _PAUSES_S)
         while True:
             try:
@@ -122,23 +122,21 @@ class _Tar:
             self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
             with fs.open(path, "rb", block_size=1 << 24, cache_type="readahead") as source:
                 shutil.copyfileobj(source, self._file, 1 << 24)
-        self._places: dict[str, dict[str, tuple[int, int]]] = {}
+        self._places: dict[str, tuple[int, int]] = {}
         self._broken = False
         try:
-            for name, offset, size in members(self._file, os.fstat(self._file.fileno()).st_size):
-                stem, ending = split(name)
-                if ending in ENDINGS:
-                    self._places.setdefault(stem, {}).setdefault(ending, (offset, size))
+            for stem, sample in samples(self._file, os.fstat(self._file.fileno()).st_size):
+                if image := image_of(sample):
+                    self._places.setdefault(stem, image)
         except tarfile.HeaderError:
             self._broken = True
 
     def read(self, member: str, row: int, max_bytes: int) -> bytes:
-        there = self._places.get(member, {})
-        offset, size = next((there[ending] for ending in ENDINGS if ending in there), (0, -1))
-        if size < 0:
+        if member not in self._places:
             raise Drop(
                 "archive_damaged" if self._broken else "archive_missing", f"{self._path} has no image {member!r}"
             )
+        offset, size = self._places[member]
         _check(size, max_bytes)
         data = os.pread(self._file.fileno(), size, offset)
         if len(data) < size:

@@ -18,17 +18,17 @@ import json
 import re
 import tarfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, BinaryIO
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+from ..transforms.shards import members
 from ..transforms.urls import KEY_DIGITS
-from .lists import Columns, IngestError, Rows, UrlList, texts, unreadable
+from .lists import UNREADABLE, Columns, IngestError, Rows, UrlList, texts, unreadable
 
 ENDINGS = ("jpg", "png", "webp", "jpeg", "gif", "bmp", "avif")  # img2dataset writes the first three
 ARCHIVES = ("tar", "sidecar", "folder", "table")  # kinds of files: a tar; a sidecar of a tar, of a folder, of itself
@@ -38,10 +38,7 @@ _BATCH = 20_000  # rows of a sidecar
 _READERS = 16  # archives at a time
 _WALK = 1000  # samples of a tar
 _NAME_CHARS = 1000  # of a member
-_TEXT_BYTES = 1 << 20  # of a member with a caption or with JSON, and of an extended header
-_BLOCK = tarfile.BLOCKSIZE
-_WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes; whatever size they state
-_EXTENDED = re.compile(rb"\d+ (size|path)=([^\n]*)\n")
+_TEXT_BYTES = 1 << 20  # of a member with a caption or with JSON
 
 
 def without_companions(sources: Sequence[UrlList]) -> list[UrlList]:
@@ -76,7 +73,7 @@ def _kind(source: UrlList) -> UrlList:
     try:
         with source.fs.open(source.path, "rb") as raw:
             names = set(pq.read_schema(raw).names)
-    except (OSError, pa.ArrowException) as error:
+    except UNREADABLE as error:
         raise unreadable(source, error) from None
     if not names >= _SIDECAR:
         return source
@@ -115,7 +112,7 @@ def _read(source: UrlList) -> list[Rows]:
     resized that, so they name no bytes that are there.) Raises IngestError.
     """
     stem = source.path.rpartition(".")[0]
-    holder = _url(source.fs, {"table": source.path, "folder": stem}.get(source.kind, f"{stem}.tar"))
+    holder = _url(source.fs, {"sidecar": f"{stem}.tar", "folder": stem}.get(source.kind, source.path))
     try:
         if source.kind == "tar" and source.fs.exists(f"{stem}.parquet"):
             source = replace(source, path=f"{stem}.parquet", kind="sidecar")
@@ -123,7 +120,7 @@ def _read(source: UrlList) -> list[Rows]:
             return list(_sidecar(source, holder))
         with source.fs.open(source.path, "rb") as file:
             return list(_walked(file, source.size, holder))
-    except (OSError, EOFError, pa.ArrowException) as error:
+    except UNREADABLE as error:
         raise unreadable(source, error) from None
 
 
@@ -156,44 +153,67 @@ def _sidecar(source: UrlList, holder: str) -> Iterator[Rows]:
 
 def _walked(file: BinaryIO, end: int, holder: str) -> Iterator[Rows]:
     """The samples of a tar without a sidecar. One that is broken has those before the break, and one malformed row."""
-    rows = Rows(0, [], [], contents=[], archived=[])
-    stem: str | None = None
-    sample: dict[str, tuple[int, int]] = {}
+    rows, known = Rows(0, [], [], contents=[], archived=[]), set[str]()
 
-    def add() -> None:
+    def add(stem: str, sample: dict[str, tuple[int, int]]) -> None:
         parts = {ending: _text(file, *sample[ending]) for ending in ("json", "txt") if ending in sample}
         try:
             document = json.loads(parts.get("json") or "{}")
         except (ValueError, RecursionError):
             document = {}
         said = document if isinstance(document, dict) else {}
-        url, image = _string(said.get("url")), next((sample[e] for e in ENDINGS if e in sample), None)
+        url, image = _string(said.get("url")), image_of(sample)
         rows.urls.append(url)
         rows.captions.append(parts.get("txt") or _string(said.get("caption")) or _string(said.get("alt_text")))
         unknown = image is not None and not (url and url.strip())
         rows.contents.append(_digest(file, *image)[:KEY_DIGITS] if unknown and image else None)
-        rows.archived.append({"path": holder, "member": stem, "row": None} if image else None)
+        new = image and stem not in known  # by its name, download would find the first
+        rows.archived.append({"path": holder, "member": stem, "row": None} if new else None)
+        known.update([stem] if image else [])
 
     broken = 0
     try:
-        for name, offset, size in members(file, end):
-            now, ending = split(name)
-            if now != stem and stem is not None:
-                add()
-                sample = {}
+        for stem, sample in samples(file, end):
             if len(rows.urls) == _WALK:
                 yield rows
                 rows = Rows(0, [], [], contents=[], archived=[])
-            stem = now
-            sample.setdefault(ending, (offset, size))
+            add(stem, sample)
     except tarfile.HeaderError:
         broken = 1
-    if stem is not None:
-        add()
     yield replace(rows, malformed=broken)
 
 
-def split(name: str) -> tuple[str, str]:
+def samples(file: BinaryIO, end: int) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+    """Each sample's name and its members, ending -> (offset, size), of which the first of an ending counts.
+
+    Members of one sample follow each other; those whose names cannot be known, or are longer than any good one, are of
+    a sample without a name. Raises tarfile.HeaderError after the last sample before a break.
+    """
+    stem, sample, broken = "", dict[str, tuple[int, int]](), None
+    try:
+        for name, offset, size in members(file, end):
+            if name == "":  # a link, a device
+                continue
+            now, ending = _split(name) if name and len(name) <= _NAME_CHARS else ("", "")
+            if now != stem and sample:
+                yield stem, sample
+                sample = {}
+            stem = now
+            sample.setdefault(ending, (offset, size))
+    except tarfile.HeaderError as error:
+        broken = error
+    if sample:
+        yield stem, sample
+    if broken:
+        raise broken
+
+
+def image_of(sample: Mapping[str, tuple[int, int]]) -> tuple[int, int] | None:
+    """Where a sample's image lies."""
+    return next((sample[ending] for ending in ENDINGS if ending in sample), None)
+
+
+def _split(name: str) -> tuple[str, str]:
     """A member's sample and its ending: the name's first dot divides them."""
     folder, slash, base = name.removeprefix("./").rpartition("/")
     stem, _, ending = base.partition(".")
@@ -218,35 +238,3 @@ def _digest(file: BinaryIO, offset: int, size: int) -> str:
         digest.update(data)
         size -= len(data)
     return digest.hexdigest()
-
-
-def members(file: BinaryIO, end: int) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of the files in a tar of `end` bytes from anybody, in order.
-
-    Links, devices, and names that are longer than any good one are passed over. Raises tarfile.HeaderError where the
-    rest cannot be read: a header that is none, a member that would go beyond the end, or no mark at the end.
-    """
-    at, extended = 0, dict[bytes, bytes]()
-    while at < end:
-        file.seek(at)
-        block = file.read(_BLOCK)
-        if block == bytes(_BLOCK):  # the end mark
-            return
-        try:
-            info = tarfile.TarInfo.frombuf(block, "utf-8", "replace")
-            size = 0 if info.type in _WITHOUT_DATA else int(extended.get(b"size", info.size))
-        except ValueError:
-            raise tarfile.HeaderError("a size that is no number") from None
-        start, at = at + _BLOCK, at + _BLOCK + -(-size // _BLOCK) * _BLOCK
-        if size < 0 or start + size > end or info.type == tarfile.GNUTYPE_SPARSE:
-            raise tarfile.HeaderError("a size that cannot be")
-        if info.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME):
-            data = file.read(size) if size <= _TEXT_BYTES else b""
-            long = {b"path": data.rstrip(b"\0")} if info.type == tarfile.GNUTYPE_LONGNAME else {}
-            extended |= long or dict(_EXTENDED.findall(data))
-        elif info.type not in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK):
-            name = extended.get(b"path", b"").decode("utf-8", "replace") or info.name
-            extended = {}
-            if info.isreg() and len(name) <= _NAME_CHARS:
-                yield name, start, size
-    raise tarfile.HeaderError("no end mark")

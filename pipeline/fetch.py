@@ -258,8 +258,9 @@ class Fetcher(Generic[T]):
         Who has a place so has a turn, and never waits for one; the other way round, all places could wait for turns.
         Seconds that `take` waits are not the server's fault. Without `flight` it is a small file, of no row.
         """
-        host = urlsplit(target).hostname or ""
-        async with self._hosts.turn(host):
+        parts = urlsplit(target)
+        host = parts.hostname or ""
+        async with self._hosts.turn(host, f"{parts.scheme} {parts.port}"):
             await place.enter_async_context(self._places)
             if flight:
                 flight()

@@ -33,6 +33,7 @@ _KNOWN = 10_000  # hosts before those with nothing to remember are forgotten
 @dataclass
 class _Host:
     places: asyncio.Semaphore
+    origins: set[str] = field(default_factory=set)  # schemes and ports that were asked for
     users: int = 0  # rows that wait or are served
     next_s: float = 0.0  # the rate allows no request before
     quiet_s: float = 0.0  # it asked for no request before
@@ -55,10 +56,11 @@ class Hosts:
     patience_s: float
     workers: int = 1
     _hosts: dict[str, _Host] = field(default_factory=dict)
+    _many: int = 0
 
     @asynccontextmanager
-    async def turn(self, name: str) -> AsyncIterator[None]:
-        """Wait until the host may be asked, and hold a place there meanwhile.
+    async def turn(self, name: str, origin: str = "") -> AsyncIterator[None]:
+        """Wait until the host may be asked at that origin, and hold a place there meanwhile.
 
         Raises Drop with the reason of its latest refusal where it asked to be left alone for more than `patience_s`.
         """
@@ -66,6 +68,7 @@ class Hosts:
         share = self.concurrency / self.workers if self.concurrency else float("inf")
         host = self._host(name, int(max(1, min(share, 1 << 30))))
         host.users += 1
+        host.origins.add(origin)
         try:
             await host.places.acquire()
             start, hold_s = loop.time(), 0.0
@@ -84,8 +87,12 @@ class Hosts:
             host.users -= 1
 
     def awaited(self, name: str) -> bool:
-        """Whether another row asks the host too: a connection is worth keeping, and is this worker's alone to keep."""
-        return self._hosts[name].users > 1 and (self.concurrency or self.workers) >= self.workers
+        """Whether another row asks the host too: a connection is worth keeping, and is this worker's alone to keep.
+
+        Where some rows go to http and some to https, those of the ones would be idle beside those of the others.
+        """
+        host = self._hosts[name]
+        return host.users > 1 and len(host.origins) == 1 and (self.concurrency or self.workers) >= self.workers
 
     def refused(self, name: str, drop: Drop, asked_s: float | None) -> None:
         """The host answered that it is too much: leave it alone for `asked_s`, or ever longer where it does not say."""
@@ -115,10 +122,10 @@ class Hosts:
 
     def _host(self, name: str, places: int) -> _Host:
         if name not in self._hosts:
-            if len(self._hosts) >= _KNOWN:
+            if len(self._hosts) >= max(_KNOWN, self._many):
                 now = asyncio.get_running_loop().time()
                 kept = {n: h for n, h in self._hosts.items() if h.users or max(h.next_s, h.quiet_s) > now}
-                self._hosts = kept
+                self._hosts, self._many = kept, 2 * len(kept)  # many may be quiet for long: not to be sifted each time
             self._hosts[name] = _Host(asyncio.Semaphore(places))
         return self._hosts[name]
 
@@ -145,7 +152,7 @@ def retry_after(value: str, now: datetime | None = None) -> float | None:
         return float(min(int(value[:12]), 10**9))
     try:
         at = parsedate_to_datetime(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     at = at if at.tzinfo else at.replace(tzinfo=UTC)
     return max(0.0, (at - (now or datetime.now(UTC))).total_seconds())

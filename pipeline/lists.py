@@ -45,6 +45,8 @@ _URLS = ("url", "image_url")
 _CAPTIONS = ("caption", "text", "alt", "alt_text", "re_caption")
 
 Cell = str | None
+# What bytes that are no list set off; the last two are a column's name that is no text, and one that is there twice.
+UNREADABLE = (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError, KeyError)
 
 
 class IngestError(Exception):
@@ -187,11 +189,11 @@ def find_lists(patterns: tuple[str, ...], options: Mapping[str, Any]) -> list[Ur
 
 def _kind(path: str) -> str:
     suffixes = [s.lower() for s in Path(path).suffixes]
-    if suffixes[-1:] == [".gz"]:
-        suffixes.pop()
+    packed = suffixes[-1:] == [".gz"] and suffixes.pop()
     kind = _KINDS.get(suffixes[-1] if suffixes else "")
-    if kind is None:
-        raise IngestError(f"dataset.source: {path}: expected a name that ends in {', '.join(_KINDS)} (.gz may follow)")
+    if kind is None or (packed and kind in ("tar", "parquet")):
+        endings = ", ".join(_KINDS)
+        raise IngestError(f"dataset.source: {path}: expected a name that ends in {endings} (.gz may follow text)")
     return kind
 
 
@@ -205,7 +207,7 @@ def read_list(source: UrlList, columns: Columns) -> Iterator[Rows]:
             stream = gzip.GzipFile(fileobj=raw) if source.path.lower().endswith(".gz") else raw
             text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
             yield from _json(source, text, columns) if source.kind == "jsonl" else _csv(source, text, columns)
-    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+    except UNREADABLE as error:
         raise unreadable(source, error) from None
 
 

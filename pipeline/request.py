@@ -4,7 +4,7 @@ import errno
 import socket
 import ssl
 import zlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _CLOSE = {"Connection": "close"}
 _DETAIL_CHARS = 300
+_PIECE_BYTES = 1 << 16  # of an inflated body
 _STORED = {  # header -> column of the `http` struct
     "ETag": "etag",
     "Last-Modified": "last_modified",
@@ -126,15 +127,14 @@ async def _read(response: "aiohttp.ClientResponse", max_bytes: int, take: Callab
         raise Drop("too_large", f"Content-Length {response.content_length}")
     body, inflate = bytearray(), None
     async for chunk in response.content.iter_any():
-        if encoding not in ("", "identity"):
-            if inflate is None:  # some servers send deflate without its header
-                bare = encoding == "deflate" and chunk[0] & 15 != zlib.DEFLATED
-                inflate = zlib.decompressobj(-zlib.MAX_WBITS if bare else zlib.MAX_WBITS | 32)
-            chunk = inflate.decompress(chunk, max_bytes + 1 - len(body))
-        await take(len(chunk))
-        body += chunk
-        if len(body) > max_bytes:
-            raise Drop("too_large", f"more than {max_bytes} bytes")
+        if inflate is None and encoding not in ("", "identity"):  # some servers send deflate without its header
+            bare = encoding == "deflate" and chunk[0] & 15 != zlib.DEFLATED
+            inflate = zlib.decompressobj(-zlib.MAX_WBITS if bare else zlib.MAX_WBITS | 32)
+        for piece in _inflated(inflate, chunk) if inflate else (chunk,):
+            await take(len(piece))
+            body += piece
+            if len(body) > max_bytes:
+                raise Drop("too_large", f"more than {max_bytes} bytes")
         if inflate and inflate.eof:
             break
     if inflate and not inflate.eof:
@@ -142,6 +142,15 @@ async def _read(response: "aiohttp.ClientResponse", max_bytes: int, take: Callab
     if not body:
         raise Drop("empty")
     return bytes(body)
+
+
+def _inflated(inflate: "zlib._Decompress", data: bytes) -> Iterator[bytes]:
+    """What compressed bytes become, in pieces: it may be a thousand times as much, and nobody has leave to hold it."""
+    piece = b""
+    while not inflate.eof and (data or len(piece) == _PIECE_BYTES):  # of which more may be on its way
+        piece = inflate.decompress(data, _PIECE_BYTES)
+        data = inflate.unconsumed_tail
+        yield piece
 
 
 def reason_for(error: Exception) -> str | None:

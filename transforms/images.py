@@ -9,6 +9,7 @@ import io
 import math
 import os
 import struct
+import threading
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -115,7 +116,7 @@ class ImageRule:
     resize: Resize = Resize()
     min_side_px: int = 32
     max_aspect: float = 10.0  # long side / short side
-    max_pixels: int = 64_000_000  # decoding takes about 16 bytes a pixel at worst
+    max_pixels: int = 64_000_000  # of one image, or of all that a worker decodes at a time; up to 16 bytes each
     quality: int = 92  # of the JPEG where re-encoding is needed
     animated: Literal["first_frame", "drop"] = "first_frame"  # what is stored of a GIF, WebP, APNG or AVIF that moves
     max_side_px: int | None = added(None)  # an older name of resize.side_px, and soon None
@@ -169,8 +170,9 @@ def normalise(data: bytes, rule: ImageRule) -> StoredImage:
     with _decoding():
         fits = core.plain and image.mode == "RGB" and turn == 1 and fit.size == fit.canvas == image.size
         box = _draft(image, fit)
-        image.load()
-        rgb, icc = (None, None) if fits else _rgb(image, box, fit.size)
+        with _room.take(image.width * image.height, rule.max_pixels):
+            image.load()
+            rgb, icc = (None, None) if fits else _rgb(image, box, fit.size)
     if rgb is None:
         jpeg, size = core.data, image.size
     else:
@@ -197,6 +199,29 @@ def within(image: Image.Image, max_pixels: int | None) -> Image.Image:
     scale = math.sqrt(max_pixels / (image.width * image.height))
     size = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
     return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+
+
+class _Room:
+    """Bounds the pixels that threads decode at a time: 40 bytes may ask for 1 GB, and come in a crowd."""
+
+    def __init__(self) -> None:
+        self._order, self._free, self._taken = threading.Lock(), threading.Condition(), 0
+
+    @contextmanager
+    def take(self, pixels: int, most: int) -> Iterator[None]:
+        """Wait, in the order of coming, until `pixels` more are within `most`, or alone."""
+        with self._order, self._free:
+            self._free.wait_for(lambda: not self._taken or self._taken + pixels <= most)
+            self._taken += pixels
+        try:
+            yield
+        finally:
+            with self._free:
+                self._taken -= pixels
+                self._free.notify_all()
+
+
+_room = _Room()
 
 
 @contextmanager

@@ -8,8 +8,9 @@ Written by the pack step, read by the trainer, and by anybody with the public `w
 import hashlib
 import json
 import math
+import re
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
@@ -17,6 +18,9 @@ import numpy as np
 from .records import Caption, Region, Sample
 
 _BLOCK, _RECORD = tarfile.BLOCKSIZE, tarfile.RECORDSIZE
+_WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes; whatever size they state
+_EXTENDED_BYTES = 1 << 16  # of an extended header that is read; no good name needs one
+_EXTENDED = re.compile(rb"^\d+ (size|path)=([^\n]*)", re.MULTILINE)  # linear: a stranger wrote what it is searched in
 
 
 class _Writable(Protocol):
@@ -129,6 +133,48 @@ def _check(sample: Sample) -> None:
             raise ValueError(f"region {i}: there is no caption {region.caption!r} with a span {region.span!r}")
         if sample.captions[region.caption].text[start:end] != region.phrase or start >= end:
             raise ValueError(f"region {i}: the span {region.span} does not cut {region.phrase!r} out of its caption")
+
+
+def members(tar: BinaryIO, end: int) -> Iterator[tuple[str | None, int, int]]:
+    """(name, offset, size) of what lies in a tar of `end` bytes from anybody, in order; folders are passed over.
+
+    The name is empty where it is that of no file (a link, a device), None where it cannot be known. Raises
+    tarfile.HeaderError where the rest cannot be read: a header that is none, a member that would go beyond the end, or
+    no mark at the end.
+    """
+    at = 0
+    extended: dict[bytes, bytes] | None = {}  # of the next member; None: it cannot be known
+    while at < end:
+        tar.seek(at)
+        block = tar.read(_BLOCK)
+        if block == bytes(_BLOCK):  # the end mark
+            return
+        try:
+            info = tarfile.TarInfo.frombuf(block, "utf-8", "replace")
+            size = 0 if info.type in _WITHOUT_DATA else int((extended or {}).get(b"size", info.size))
+        except ValueError:
+            raise tarfile.HeaderError("a size that is no number") from None
+        start, at = at + _BLOCK, at + _BLOCK + -(-size // _BLOCK) * _BLOCK
+        if size < 0 or start + size > end or info.type == tarfile.GNUTYPE_SPARSE:
+            raise tarfile.HeaderError("a size that cannot be")
+        if info.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME):
+            if size > _EXTENDED_BYTES:
+                extended = None
+            elif extended is not None:
+                data = tar.read(size)
+                long = info.type == tarfile.GNUTYPE_LONGNAME
+                extended |= {b"path": data.rstrip(b"\0")} if long else dict(_EXTENDED.findall(data))
+        elif info.type not in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK):
+            if not info.isreg():
+                name: str | None = ""
+            elif extended is None:
+                name = None
+            else:
+                name = extended.get(b"path", b"").decode("utf-8", "replace") or info.name
+            extended = {}
+            if info.type != tarfile.DIRTYPE:
+                yield name, start, size
+    raise tarfile.HeaderError("no end mark")
 
 
 def read_range(tar: BinaryIO, offset: int, size: int) -> bytes:

@@ -28,16 +28,14 @@ import numpy.typing as npt
 from fsspec.implementations.local import LocalFileSystem
 
 from ...transforms.outcomes import Drop
+from ...transforms.shards import members
 from ..contract import ModelError
 
 _T = TypeVar("_T")
 _PAUSES_S: tuple[float, ...] = (0.5, 2.0, 5.0)  # between tries, where the store may only be busy
 _BLOCK, _BLOCKS = 1 << 24, 4  # a bucket's shard is copied in requests of so many bytes, so many at once
-_NAME_BYTES = 1 << 16  # of an extended header that is read; no name of ours needs one
 _SHARD = re.compile(r"[\w.+=-]+\.tar", re.ASCII)
 _MEMBER = re.compile(r"(?:\./)?([\w+=-]{1,200})\.(jpg|json)", re.ASCII)
-_SIZE_OR_PATH = re.compile(rb"\d+ (size|path)=([^\n]*)\n")
-_WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes; whatever size they state
 _OURS_TO_MEND = (errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.EDQUOT)
 
 
@@ -257,42 +255,17 @@ def walk(file: BinaryIO) -> tuple[list[Entry], Counter[str]]:
     """
     found: dict[str, Entry] = {}
     notes: Counter[str] = Counter()
-    fd, end, at = file.fileno(), os.fstat(file.fileno()).st_size, 0
-    extended: dict[bytes, bytes] | None = {}  # of the next member; None: it cannot be known
-    while True:
-        block = os.pread(fd, tarfile.BLOCKSIZE, at)
-        if block == bytes(tarfile.BLOCKSIZE):  # the end mark
-            break
-        try:
-            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-            size = 0 if info.type in _WITHOUT_DATA else int((extended or {}).get(b"size", info.size))
-            start, at = at + tarfile.BLOCKSIZE, at + tarfile.BLOCKSIZE + -(-size // tarfile.BLOCKSIZE) * 512
-            if size < 0 or start + size > end or info.type == tarfile.GNUTYPE_SPARSE:
-                raise ValueError("a size that cannot be")
-        except (tarfile.HeaderError, ValueError):
-            notes["bad_tar"] += 1
-            break
-        if info.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME):
-            if size > _NAME_BYTES:
-                extended = None
-            elif extended is not None:
-                data = os.pread(fd, size, start)
-                long = info.type == tarfile.GNUTYPE_LONGNAME
-                extended |= {b"path": data.rstrip(b"\0")} if long else dict(_SIZE_OR_PATH.findall(data))
-            continue
-        if info.type in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK, tarfile.DIRTYPE):
-            continue
-        name = info.name if extended is not None else None
-        if extended and b"path" in extended:
-            name = extended[b"path"].decode("utf-8", "replace")
-        extended = {}
-        match = _MEMBER.fullmatch(name) if name is not None and info.isreg() else None
-        if match is None:
-            notes["bad_member"] += not (name and info.isreg()) or name.endswith((".jpg", ".json"))
-            continue
-        entry = found.setdefault(match[1], Entry(match[1]))
-        notes["duplicate_member"] += getattr(entry, match[2]) is not None
-        setattr(entry, match[2], getattr(entry, match[2]) or (start, size))
+    try:
+        for name, start, size in members(file, os.fstat(file.fileno()).st_size):
+            match = _MEMBER.fullmatch(name or "")
+            if match is None:
+                notes["bad_member"] += not name or name.endswith((".jpg", ".json"))
+                continue
+            entry = found.setdefault(match[1], Entry(match[1]))
+            notes["duplicate_member"] += getattr(entry, match[2]) is not None
+            setattr(entry, match[2], getattr(entry, match[2]) or (start, size))
+    except tarfile.HeaderError:
+        notes["bad_tar"] += 1
     return sorted(found.values(), key=lambda entry: entry.json is None), +notes
 
 

@@ -9,6 +9,7 @@ import tracemalloc
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,16 @@ def test_a_bomb_takes_little_memory(server: WebServer) -> None:
     tracemalloc.start()
     assert reason(url) == "too_large"
     assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    tracemalloc.stop()
+
+
+def test_a_crowd_of_bombs_takes_the_memory_of_one(server: WebServer) -> None:
+    """What a piece inflates to is held only with leave, as are bodies that come as they are."""
+    urls = [server.add(f"/{n}", web.gzip_bomb(50_000_000)) for n in range(20)]
+    rule = replace(QUICK, max_bytes=10_000_000, buffer_mib=4, read_timeout_s=20, total_timeout_s=30)
+    tracemalloc.start()
+    assert {getattr(r, "reason", r) for r in fetch_all(urls, rule, keep)} == {"too_large"}
+    assert tracemalloc.get_traced_memory()[1] < 40_000_000
     tracemalloc.stop()
 
 

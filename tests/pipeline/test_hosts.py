@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -126,6 +127,37 @@ def test_a_connection_that_nobody_waits_for_is_closed(server: WebServer, tmp_pat
     assert all(b"connection: close" in request.lower() for request in server.requests)
 
 
+@pytest.mark.parametrize("rows", [5, 30])
+def test_a_host_that_moves_its_rows_to_another_port_has_no_more_connections(server: WebServer, rows: int) -> None:
+    """As most do to https: what is kept open to the one port counts beside what is asked at the other."""
+    most, over = [0], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.001):
+            most[0] = max(most[0], server.open + other.open)
+
+    def moved(peer: web.Peer) -> None:
+        request = b""
+        while request := (peer.connection.recv(65536) if request else peer.request):
+            place = other.url.encode() + request.split(b" ", 2)[1]
+            peer.send(b"HTTP/1.1 301 -\r\nContent-Length: 0\r\nLocation: " + place + b"\r\n\r\n")
+            if b"connection: close" in request.lower():
+                return
+
+    with WebServer() as other:
+        paths = [f"/{n}" for n in range(rows)]
+        for path in paths:
+            other.add(path, stays)
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        urls = [server.add(path, moved) for path in paths]
+        results = fetch_all(urls, replace(RULE, host_concurrency=4), lambda fetched: fetched.body.decode())
+        over.set()
+        watcher.join()
+    assert results == paths
+    assert 2 <= most[0] <= 4
+
+
 @pytest.mark.parametrize("end", [leaves, says_more])
 def test_a_kept_connection_that_fails_costs_no_row(server: WebServer, end: web.Handler) -> None:
     urls = [server.add(f"/{n}", end if n % 2 == 0 else stays) for n in range(20)]
@@ -203,10 +235,27 @@ def test_hosts_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asyncio.run(ask()) <= 11
 
 
+def test_many_quiet_hosts_are_not_sifted_for_each_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vesl.pipeline.hosts._KNOWN", 10)
+
+    async def ask() -> int:
+        hosts, sifted = Hosts(8, None, 30.0), 0
+        for n in range(1000):
+            before = hosts._hosts
+            async with hosts.turn(f"h{n}"):
+                hosts.refused(f"h{n}", Drop("http_429"), 1e6)
+            sifted += hosts._hosts is not before
+        assert len(hosts._hosts) == 1000
+        return sifted
+
+    assert asyncio.run(ask()) < 10
+
+
 def test_retry_after_is_seconds_or_a_date() -> None:
     now = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
     values = ["7", " 0 ", "Fri, 02 Jan 2026 03:04:35 GMT", "Fri, 02 Jan 2026 03:04:00 GMT", "", "soon", "-3", "9" * 99]
-    assert [retry_after(value, now) for value in values] == [7, 0, 30, 0, None, None, None, 10**9]
+    values.append(f"Fri, 02 Jan {'9' * 30} 03:04:00 GMT")
+    assert [retry_after(value, now) for value in values] == [7, 0, 30, 0, None, None, None, 10**9, None]
 
 
 def test_a_broken_network_is_told_from_a_dead_web() -> None:

@@ -1,5 +1,6 @@
 import csv
 import gzip
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,11 @@ KEPT = 5
 
 def write_parquet(path: Path) -> None:
     pq.write_table(pa.table({"url": [u for u, _ in ROWS], "alt": [a for _, a in ROWS], "extra": [1] * len(ROWS)}), path)
+
+
+def of_two_urls() -> bytes:
+    pq.write_table(pa.Table.from_arrays([pa.array(["http://a"])] * 3, ["url", "url", "alt"]), file := io.BytesIO())
+    return file.getvalue()
 
 
 def write_delimited(path: Path) -> None:
@@ -268,6 +274,9 @@ def test_an_empty_list_and_a_list_of_blank_rows(tmp_path: Path) -> None:
         ("a.parquet", b"not a parquet file", "a.parquet"),
         ("a.csv.gz", b"not gzip", "a.csv.gz"),
         ("a.xlsx", b"", "expected a name that ends in"),
+        ("a.tar.gz", b"", "expected a name that ends in"),
+        ("a.parquet", of_two_urls(), "exists 2 times"),
+        ("a.parquet", of_two_urls().replace(b"url", b"\xff\xff\xff"), "can't decode"),
     ],
 )
 def test_sources_that_cannot_be_read(tmp_path: Path, name: str, content: bytes, says: str) -> None:

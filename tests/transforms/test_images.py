@@ -456,6 +456,26 @@ def test_the_pixel_limit_is_ours_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         looks_right(normalise(_template(kind), RULE), within=24)
 
 
+def test_a_crowd_of_large_images_is_decoded_within_the_limit_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, most, load = [0], [0], WebPImagePlugin.WebPImageFile.load
+
+    def counted(self: WebPImagePlugin.WebPImageFile) -> Any:
+        now[0] += self.width * self.height
+        most[0] = max(most[0], now[0])
+        time.sleep(0.05)
+        now[0] -= self.width * self.height
+        return load(self)
+
+    monkeypatch.setattr(WebPImagePlugin.WebPImageFile, "load", counted)
+    data = [encoded(picture(200, side), "WEBP") for side in (200, 100, 50, 50)] * 2
+    with ThreadPoolExecutor(8) as threads:
+        stored = list(threads.map(lambda one: normalise(one, ImageRule(max_side_px=64, max_pixels=40_000)), data))
+        reasons = threads.map(lambda one: reason(one, ImageRule(max_pixels=39_999)), data[:1] * 3)
+        assert list(reasons) == ["too_many_pixels"] * 3
+    assert [image.source_height for image in stored] == [200, 100, 50, 50] * 2
+    assert 10_000 < most[0] <= 40_000
+
+
 def test_a_gif_frame_beyond_its_canvas() -> None:
     data = bytearray(_template("GIF"))
     at = data.index(b"\x2c\0\0\0\0")

@@ -96,3 +96,25 @@ def test_tar_bytes_depend_on_content_only_and_everybody_reads_them(tmp_path: Any
     (sample,) = webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False)
     assert sample["__key__"] == SAMPLE.key
     assert (len(sample["jpg"]), len(sample["json"])) == (1000, 512)
+
+
+def test_members_of_anybody_s_tar() -> None:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name, kind, extended in (
+            ("ä" * 60 + "/", tarfile.DIRTYPE, {}),  # its long name is not the next member's
+            ("a.jpg", tarfile.REGTYPE, {}),
+            ("b.jpg", tarfile.SYMTYPE, {}),
+            ("c.jpg", tarfile.REGTYPE, {"comment": "x" * 70_000}),
+            ("d" * 300, tarfile.REGTYPE, {"comment": "1" * 60_000}),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.pax_headers = kind, extended
+            info.size = 3 if kind == tarfile.REGTYPE else 0
+            tar.addfile(info, io.BytesIO(b"abc"))
+    found = list(shards.members(file, len(file.getvalue())))
+    assert [name for name, _, _ in found] == ["a.jpg", "", None, "d" * 300]
+    assert [file.getvalue()[at : at + size] for _, at, size in found] == [b"abc", b"", b"abc", b"abc"]
+    cut = found[-1][1] + 2
+    with pytest.raises(tarfile.HeaderError, match="a size that cannot be"):
+        list(shards.members(file, cut))
