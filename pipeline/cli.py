@@ -136,6 +136,7 @@ def _command(options: argparse.Namespace, recipe: "Recipe") -> int:
     from rich.console import Console
 
     from . import tables
+    from .journal import unfinished
     from .plan import make_plan
 
     console = Console(width=None if sys.stdout.isatty() else 160)
@@ -151,6 +152,8 @@ def _command(options: argparse.Namespace, recipe: "Recipe") -> int:
         print(f"vesl: --sample {options.sample}: is not a positive number", file=sys.stderr)
         return 2
     plan = make_plan(recipe)
+    if plan.compaction is None and (text := unfinished(plan.store)):
+        print(f"vesl: {text}", file=sys.stderr)
     if options.command == "plan":
         from .cost import measure
 

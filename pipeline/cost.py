@@ -128,19 +128,16 @@ def from_runs(plan: Plan) -> dict[str, Measured]:
         mine = {step.name for step in plan.steps if record["steps"].get(step.name) == step.fingerprint}
         if not mine or left <= 0:
             continue
-        opened: dict[tuple[str, int], float] = {}
         files = plan.store.names(f"runs/{name}", "events-")[-left:]
         left -= len(files)
         for file in files:
             for event in plan.store.read_json(f"runs/{name}/{file}") or ():
-                place = (event["step"], event["part"])
+                if event["step"] not in mine:
+                    continue
                 if event["kind"] == "open":
-                    opened[place] = event["seconds"]
-                elif event["kind"] == "done" and event.get("fresh") and event["step"] in mine:
-                    opening = opened.pop(place, 0.0)
-                    found[event["step"]].opening += [opening] if opening else []
-                    if rows := plan.done[event["step"]].rows_of(event["part"]):
-                        found[event["step"]].units.append((rows, event["seconds"] - opening))
+                    found[event["step"]].opening.append(event["seconds"])
+                elif event["kind"] in ("done", "spent") and event.get("rows"):
+                    found[event["step"]].units.append((event["rows"], event["seconds"]))
     return found
 
 
@@ -251,10 +248,11 @@ def _keep_all(job: Job, scratch: Store, index: int, part: int) -> dict[str, Any]
 
 def costs(plan: Plan, measured: Mapping[str, Measured], images: float | None) -> dict[str, Cost]:
     """The cost of each step: for what is missing, or for a data set of that many input rows."""
-    found = {}
+    found, without = {}, set(plan.without())
     coming = images or 0.0
     for i, step in enumerate(plan.steps):
-        rows = coming if images is not None else _reaching(plan, measured, i, plan.missing(step))
+        missing = [part for part in plan.missing(step) if part not in without]  # of these nothing can be done
+        rows = coming if images is not None else _reaching(plan, measured, i, missing)
         coming *= measured[step.name].share
         found[step.name] = _cost(plan, step, measured[step.name], rows)
     return found

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -128,7 +129,7 @@ def results(store: Store, needed: Mapping[str, Sequence[str]]) -> list[Result]:
 
 
 def _files(store: Store, folder: str) -> dict[str, Mapping[str, Any]]:
-    infos = store.fs.find(store.path(folder), detail=True)
+    infos = store.ask("listed", folder, lambda: store.fs.find(store.path(folder), detail=True))
     return {path.removeprefix(f"{store.root}/"): info for path, info in infos.items()}
 
 
@@ -170,7 +171,8 @@ def clear(store: Store, result: Result) -> None:
     for rank in (0, 1, 2):
         batch = [store.path(name) for name in names if _rank(name) == rank]
         for start in range(0, len(batch), _AT_ONCE):
-            store.fs.rm(batch[start : start + _AT_ONCE])
+            some = batch[start : start + _AT_ONCE]
+            store.ask("removed", result.folder, partial(store.fs.rm, some))
     if store.local and not result.recipes:
         store.fs.rm(store.path(result.folder), recursive=True)
 

@@ -41,8 +41,7 @@ class Journal:
     def document(self, state: str) -> dict[str, Any]:
         """As it is stored."""
         told = {"state": state, "lists": list(self.lists), "parts": list(self.parts)}
-        sign = {"host": platform.node(), "pid": os.getpid(), "updated": round(time.time(), 3)}
-        return told | (sign if state == "running" else {})
+        return told | (sign() | {"updated": round(time.time(), 3)} if state == "running" else {})
 
     def note(self, state: str = "running") -> None:
         """Write it."""
@@ -101,21 +100,54 @@ def compacting(store: Store) -> str | None:
     return _who(journal, "a compaction") if alive(journal) else None
 
 
+def unfinished(store: Store) -> str | None:
+    """That a compaction is not at its end, so that results may not fit together, in words; else None."""
+    if newest(store)[1]["state"] == "done":
+        return None
+    if busy := compacting(store):
+        return f"{busy}; what is said here may change"
+    return "a compaction was interrupted, so some parts may seem missing; the next `vesl run` finishes it first"
+
+
 def alive(record: Mapping[str, Any]) -> bool:
     """Whether the process that wrote a record may still be at work: on this machine, whether it is there."""
-    if record["state"] != "running":
+    if record["state"] != "running" or (record["pid"] == os.getpid() and is_here(record)):
         return False
-    here = record["host"] == platform.node()
-    if here and record["pid"] == os.getpid():
+    if is_dead(record):
         return False
-    if here:
-        try:
-            os.kill(record["pid"], 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            pass
-    return bool(time.time() - record["updated"] < (_SILENT_HERE_S if here else _SILENT_S))
+    return bool(time.time() - record["updated"] < (_SILENT_HERE_S if is_here(record) else _SILENT_S))
+
+
+def sign() -> dict[str, Any]:
+    """Who this process is."""
+    return {"machine": _machine(), "host": platform.node(), "pid": os.getpid()}
+
+
+def _machine() -> str:
+    """Where a process id means something: this start of this machine, and this container of it."""
+    with suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    return platform.node()
+
+
+def is_here(signed: Mapping[str, Any]) -> bool:
+    """Whether who signed is, or was, a process of this machine."""
+    if "machine" not in signed:  # by an earlier version
+        return bool(signed.get("host") == platform.node())
+    return bool(signed["machine"] == _machine())
+
+
+def is_dead(signed: Mapping[str, Any]) -> bool:
+    """Whether who signed is known to be dead, as it was a process of this machine."""
+    if not is_here(signed):
+        return False
+    try:
+        os.kill(signed["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 @contextmanager

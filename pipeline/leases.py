@@ -9,7 +9,6 @@ A lease saves work and guards nothing: where two runs hold one after all, the fi
 """
 
 import os
-import platform
 import re
 import time
 import uuid
@@ -18,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
-from .journal import beating
+from .journal import beating, is_dead, sign
 from .store import Store, to_json, wip
 
 T = TypeVar("T")
@@ -45,13 +44,13 @@ def lease(store: Store, table: str, run: str) -> Iterator[None]:
         yield
         return
     number = _take(store, table, run)
-    name, sign, beats = f"{wip(table)}/{_name(number)}", _sign(run), 0
+    name, signed, beats = f"{wip(table)}/{_name(number)}", _sign(run), 0
 
     def beat() -> None:
         nonlocal beats
         beats += 1
         if _newest(store, table) == number:  # else the part is published, or another run's
-            store.replace(name, to_json(sign | {"beats": beats}))
+            store.replace(name, to_json(signed | {"beats": beats}))
 
     try:
         with beating(beat, _BEAT_S):
@@ -105,35 +104,21 @@ def _read(store: Store, table: str, number: int) -> dict[str, Any]:
 
 
 def _sign(run: str) -> dict[str, Any]:
-    return {"run": run, "machine": _machine(), "host": platform.node(), "pid": os.getpid(), "id": uuid.uuid4().hex}
+    return {"run": run, **sign(), "id": uuid.uuid4().hex}
 
 
-def _machine() -> str:
-    """Where a process id means something: this start of this machine, and this container of it; empty if not known."""
-    with suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
-    return ""
-
-
-def _ours(sign: Mapping[str, Any], run: str) -> bool:
+def _ours(signed: Mapping[str, Any], run: str) -> bool:
     """Whether a lease may be taken at once: it is of the same run, or its holder is known to be dead."""
-    if sign.get("run") == run:
-        return True
-    if not sign.get("machine") or sign["machine"] != _machine():
-        return False
-    try:
-        os.kill(sign["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    return False
+    return bool(signed.get("run") == run) or is_dead(signed)
 
 
 def give_back(store: Store, folders: Iterable[str], run: str) -> None:
     """Remove the leases that a run still has below these folders, as it ends: those of workers that it ended."""
-    for folder in folders:
-        for name in store.names(folder, "part-"):
+    every = list(folders)
+    with ThreadPoolExecutor(_READERS) as pool:  # a bucket's listings take long
+        listed = list(pool.map(lambda folder: store.names(folder, "part-"), every))
+    for folder, names in zip(every, listed, strict=True):
+        for name in names:
             table = f"{folder}/{name.removesuffix('.wip')}.parquet"
             if not name.endswith(".wip") or (number := _newest(store, table)) is None:
                 continue
@@ -175,12 +160,12 @@ class Waiting(Generic[T]):
     def _is_free(self, table: str) -> bool:
         try:
             number = _newest(self._store, table)
-            sign = _read(self._store, table, number) if number is not None else {}
-            if number is None or _ours(sign, self._run):
+            signed = _read(self._store, table, number) if number is not None else {}
+            if number is None or _ours(signed, self._run):
                 return True
             before, since = self._seen.get(table, (None, 0.0))
-            if before != (number, sign):
-                self._seen[table] = (number, sign), time.monotonic()
+            if before != (number, signed):
+                self._seen[table] = (number, signed), time.monotonic()
                 return False
             # The claim is one of this run, so whichever of its workers comes first may have it.
             claim = f"{wip(table)}/{_name(number + 1)}"

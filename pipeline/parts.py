@@ -77,10 +77,6 @@ class Footers(Mapping[int, Footer]):
         inside[inside] = self._place[asked[inside]] >= 0
         return inside
 
-    def rows_of(self, part: int) -> int:
-        """The rows of a part's table; 0 where it is not here."""
-        return int(self._light["rows"][int(self._place[part])].as_py()) if part in self else 0
-
     def only(self, wanted: npt.NDArray[np.bool_]) -> "Footers":
         """Those where `wanted`, one for each footer, is true."""
         mask = pa.array(wanted)

@@ -58,7 +58,6 @@ class Tally:
         self.counts = {step: Count() for step in steps}
         self.partial: Counter[tuple[str, int]] = Counter()  # rows done of parts that are not published
         self.opened: Counter[str] = Counter()  # models, by step
-        self._opening: dict[tuple[str, int], float] = {}
         self._start = time.monotonic()
 
     @staticmethod
@@ -76,9 +75,10 @@ class Tally:
         place = (event.step, event.part)
         if event.kind == "rows":
             self.partial[place] += event.rows
+        elif event.kind == "saved":
+            self.partial[place] = event.rows
         elif event.kind == "open":
             self.opened[event.step] += 1
-            self._opening[place] = event.seconds
         elif event.kind == "spent":
             self.counts[event.step].seconds += event.seconds
         else:  # the part is done, or starts again
@@ -88,7 +88,7 @@ class Tally:
                 count.add(event.footer)
                 if event.fresh:
                     count.fresh += event.footer["rows"]
-                    count.seconds += event.seconds - self._opening.pop(place, 0.0)
+                    count.seconds += event.seconds
 
     def done(self, step: str) -> int:
         """Rows through a step, in parts that are not published too."""

@@ -7,6 +7,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from threading import Lock, Thread
@@ -21,7 +22,7 @@ from .compact import finish
 from .engines import Engine, Event, Listener
 from .hosts import network_hint
 from .ingest import ingest
-from .journal import beating, compacting, newest
+from .journal import beating, compacting, newest, sign
 from .plan import Plan, chain, make_plan, provenance
 from .progress import Display, Tally
 from .recipe import Recipe
@@ -111,7 +112,8 @@ def _work(plan: Plan) -> None:
         if not step.adopted:
             store.create(f"{step.folder}/step.json", to_json(step.inputs))
     _sweep(plan)
-    tally = Tally([step.name for step in plan.steps], sum(plan.inputs[part]["rows"] for part in todo))
+    tally = Tally([step.name for step in plan.steps], plan.inputs.total(todo)["rows"])
+    lost, whole = list[Event](), False
     with Display(tally) as display, Record(plan, tally) as record:
         _undisturbed(plan)  # now that the record holds off any that would begin
 
@@ -121,6 +123,7 @@ def _work(plan: Plan) -> None:
             display.update()
             if event.kind == "wait":
                 display.say(event.text)
+            lost.extend([event] if event.kind == "lost" else [])
             if event.kind in ("retry", "lost"):
                 will = "trying again" if event.kind == "retry" else "given up; run again to try once more"
                 display.say(f"{event.step} part {event.part}: {event.text}; {will}")
@@ -129,8 +132,11 @@ def _work(plan: Plan) -> None:
 
         try:
             _carry_all(plan, record.name, listen, display.say)
+            whole = not lost
         finally:
-            leases.give_back(store, [step.folder for step in plan.steps if not step.adopted], record.name)
+            if not whole:  # else every part is published, which ends its lease, and the listing is spared
+                with suppress(OSError):  # it must not hide why the run ends; who waits finds them silent
+                    leases.give_back(store, [step.folder for step in plan.steps if not step.adopted], record.name)
 
 
 def _carry_all(plan: Plan, run: str, listen: Listener, say: Callable[[str], None]) -> None:
@@ -205,8 +211,11 @@ def carry(engine: Engine) -> Callable[[Job, Sequence[int], Engine, Listener], No
 def _sweep(plan: Plan) -> None:
     """Remove what killed runs left beside finished files; what is unfinished is swept when its part is done."""
     finished = {step.folder: {part_name(part) for part in plan.done[step.name]} | {"index"} for step in plan.steps}
-    for folder, stems in {"": {"dataset"}, **finished}.items():
-        for name in plan.store.names(folder):
+    finished[""] = {"dataset"}
+    with ThreadPoolExecutor(len(finished)) as pool:  # a bucket's listings take long
+        listed = list(pool.map(plan.store.names, finished))
+    for (folder, stems), names in zip(finished.items(), listed, strict=True):
+        for name in names:
             stem = name.removesuffix(".wip")
             if stem != name and stem in stems:
                 plan.store.sweep(f"{folder}/{stem}" if folder else stem)
@@ -282,8 +291,7 @@ class Record:
         self.name = f"runs/{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{host}-{os.getpid()}-{uuid.uuid4().hex[:4]}"
         self._store, self._tally = plan.store, tally
         self._head = {
-            "host": host,
-            "pid": os.getpid(),
+            **sign(),
             "started": time.time(),
             "steps": {step.name: step.fingerprint for step in plan.steps},
             "recipe": described(plan.recipe),
@@ -306,9 +314,10 @@ class Record:
 
     def take(self, event: Event) -> None:
         """Note an event; write about every few seconds."""
-        if event.kind != "rows":
+        if event.kind not in ("rows", "saved"):
             told = {"kind": event.kind, "step": event.step, "part": event.part, "seconds": round(event.seconds, 3)}
             told |= {"fresh": event.fresh} if event.kind == "done" else {}
+            told |= {"rows": event.rows} if event.kind in ("done", "spent") else {}
             told |= {"text": event.text} if event.text else {}
             self._events.append({"at": round(time.time(), 3), **told})
         if time.monotonic() - self._last > _RECORD_EVERY_S:

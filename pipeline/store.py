@@ -32,22 +32,14 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import merge_offset_ranges
 
+from .faults import code, passes
+
 FORMAT = 1  # of the store's layout and footers
 _FOOTER = b"vesl"
 _GAP_BYTES, _BLOCK_BYTES = 1 << 16, 1 << 26  # of ranges that are read in one request
 _LISTERS = 32  # pieces of a long listing that are asked for at a time
 _PATIENCE_S = 60.0  # from an operation's begin, in which it is tried again; VESL_STORE_PATIENCE_S is another value
 _WAIT_S, _LONGEST_WAIT_S = 0.5, 15.0  # before another try, doubled each time
-_PASSING = {"IncompleteBody", "BadDigest", "RequestTimeout", "ConditionalRequestConflict", "OperationAborted"}
-_PASSING |= {"ServiceUnavailable", "SlowDown", "InternalError", "XAmzContentSHA256Mismatch", "RequestTimeTooSkewed"}
-_DROPPED = {
-    "HTTPClientError",
-    "ConnectionError",
-    "ClientError",
-    "ClientPayloadError",
-    "IncompleteRead",
-    "ResponseParserError",
-}
 _NAMES_A_FILE = (FileNotFoundError, FileExistsError)
 T = TypeVar("T")
 
@@ -80,7 +72,10 @@ class Store:
         return f"{self.root}/{name}"
 
     def check(self, write: bool) -> None:
-        """Raise StoreError unless the store can be used; a local folder is made if it is to be written."""
+        """Raise StoreError unless the store can be used, StoreFault where it is away for longer than is waited.
+
+        A local folder is made if it is to be written.
+        """
         try:
             if self.local:
                 if write:
@@ -94,11 +89,14 @@ class Store:
             if not bucket:
                 raise ValueError("names no bucket")
             try:
-                self.fs.ls(bucket, detail=False)
+                self.ask("listed", "", lambda: self.fs.ls(bucket, detail=False))
             except FileNotFoundError:
                 raise FileNotFoundError(f"there is no bucket {bucket}, or none that may be listed") from None
-        except Exception as error:  # noqa: BLE001  (every driver has errors of its own)
-            raise StoreError(f"store {self.url}: {type(error).__name__}: {error}") from None
+        except Exception as error:
+            why = error.__cause__ if isinstance(error, StoreFault) else error
+            if why is not error and passes(why):
+                raise
+            raise StoreError(f"store {self.url}: {type(why).__name__}: {why}") from None
 
     def ask(self, what: str, name: str, call: Callable[[], T], finding: tuple[type[Exception], ...] = ()) -> T:
         """Call an operation on a file; in a bucket, again while its fault may pass and patience lasts.
@@ -113,10 +111,10 @@ class Store:
                 return call()
             except Exception as error:
                 answer = isinstance(error, _NAMES_A_FILE) and not isinstance(error, finding)
-                if self.local or answer or isinstance(error, (ValueError, KeyError, StoreFault)):
+                if self.local or answer or isinstance(error, (ValueError, KeyError, EOFError, StoreFault)):
                     raise
                 spent = time.monotonic() - begun
-                if not (isinstance(error, finding) or _passes(error)) or spent + wait > self.patience_s:
+                if not (isinstance(error, finding) or passes(error)) or spent + wait > self.patience_s:
                     times = "once" if tries == 1 else f"{tries} times"
                     text = " ".join(str(error).split())[:300]
                     raise StoreFault(
@@ -175,8 +173,8 @@ class Store:
     def stamps(self, folder: str, stems: Sequence[str]) -> list[tuple[str, str, int]]:
         """The parts' tables in a folder: (name, stamp, size in bytes), in any order.
 
-        A table that is written again has another stamp: the time of its change, or a bucket's ETag. A bucket is asked
-        for the names that begin with each of `stems`, all at the same time.
+        A table that is written again has another stamp: the time of its change with its size, or a bucket's ETag. A
+        bucket is asked for the names that begin with each of `stems`, all at the same time.
         """
         path = self.path(folder)
         try:
@@ -218,7 +216,7 @@ class Store:
         try:
             self.fs.pipe_file(self.path(name), data, mode="create")
         except OSError as error:
-            if _code(error) in ("PreconditionFailed", "412"):  # not every server says which condition
+            if code(error) in ("PreconditionFailed", "412"):  # not every server says which condition
                 raise FileExistsError(name) from error
             raise
 
@@ -263,9 +261,8 @@ class Store:
                 yield file
             return
         path = Path(self.path(wip(name))) / f"{uuid.uuid4().hex}.tmp"
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with path.open("x+b") as file:
+            with _scratch(path) as file:
                 yield file
         finally:
             path.unlink(missing_ok=True)
@@ -346,17 +343,32 @@ class Store:
     def _parquet(self, name: str, read: Callable[[Any], T]) -> T:
         def once() -> T:
             with self.fs.open(self.path(name), "rb") as file:
-                return read(file)
+                try:
+                    return read(file)
+                except OSError as error:
+                    if type(error) is OSError and error.errno is None:  # not the disk's or the bucket's, but Arrow's
+                        raise pa.ArrowInvalid(str(error)) from error
+                    raise
 
         try:
             return self.ask("read", name, once)
-        except (pa.ArrowInvalid, EOFError, OSError) as error:
-            if isinstance(error, (FileNotFoundError, StoreFault)) or _is_of_the_disk(error):
-                raise
+        except (pa.ArrowInvalid, EOFError) as error:
             raise self._damaged(name, f"no whole Parquet file ({' '.join(str(error).split())[:120]})") from error
 
     def _damaged(self, name: str, what: str) -> StoreFault:
         return StoreFault(f"{self.url.rstrip('/')}/{name} is {what}: remove it, then run again to make it anew")
+
+
+def _scratch(path: Path) -> BinaryIO:
+    """Open a new file, and make the folder for it. Another process may sweep that away at any moment."""
+    for left in range(4, -1, -1):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path.open("x+b")
+        except (FileNotFoundError, FileExistsError):  # the second by `mkdir`, of a folder that it then does not find
+            if not left:
+                raise
+    raise AssertionError
 
 
 def _stamps(path: str) -> list[tuple[str, str, int]]:
@@ -369,28 +381,8 @@ def _stamps(path: str) -> list[tuple[str, str, int]]:
                     status = entry.stat()
                 except FileNotFoundError:  # removed since the folder was read
                     continue
-                found.append((name, str(status.st_mtime_ns), status.st_size))
+                found.append((name, f"{status.st_mtime_ns} {status.st_size}", status.st_size))
     return found
-
-
-def _code(error: BaseException) -> str:
-    """A bucket's own name for an error, as S3 has them; empty where there is none."""
-    response = getattr(error.__cause__ or error, "response", None)
-    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
-
-
-def _passes(error: Exception) -> bool:
-    """Whether a fault of a bucket may be gone at another try: by its code, or a connection that broke or was slow."""
-    if code := _code(error):
-        return code in _PASSING or (code.isdigit() and int(code) in (408, 409, 429, 500, 502, 503, 504))
-    if getattr(error, "code", 0) in (408, 429, 500, 502, 503, 504):  # gcsfs
-        return True
-    return isinstance(error, (TimeoutError, ConnectionError)) or any(k.__name__ in _DROPPED for k in type(error).mro())
-
-
-def _is_of_the_disk(error: Exception) -> bool:
-    """Whether the operating system says so (a full disk, no permission); what Arrow says of a file has no number."""
-    return isinstance(error, OSError) and error.errno is not None
 
 
 def wip(name: str) -> str:

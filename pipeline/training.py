@@ -21,6 +21,7 @@ from rich.progress import Progress
 from ..models.cloc.options import Data, Evaluation, Train
 from ..models.cloc.scenes import Scenes
 from ..models.contract import ModelError
+from .journal import unfinished
 from .recipe import Recipe, RecipeError, Training
 from .store import Store
 
@@ -48,6 +49,8 @@ def train(training: Training, recipe: Recipe | None) -> int:
     if _rank() == 0:
         _check_abilities(sets, options)
         _check_sets(sets, training)
+        if text := unfinished(store):
+            print(f"vesl: {text}", file=sys.stderr)
         print(f"run: {folder}", flush=True)
     try:
         run(

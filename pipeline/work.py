@@ -117,7 +117,7 @@ class Attempt:
 
     culprits: frozenset[str] = frozenset()  # keys that killed a worker when they were tried alone
     alone: bool = False
-    on_rows: Callable[[int], None] = lambda rows: None
+    on_rows: Callable[[int], None] = lambda rows: None  # at first those that were saved before, if only 0
     on_key: Callable[[str | None], None] = lambda key: None
     on_read: Callable[[], None] = lambda: None  # the last rows are read and on their way to the model
 
@@ -292,6 +292,14 @@ def _tidy(store: Store, step: Step, part: int, footer: dict[str, Any]) -> None:
             store.remove(f"{step.folder}/{orphan}")
 
 
+def piece(name: str) -> tuple[int, int] | None:
+    """The rows, from first to before last, of a saved piece by its name; None for other files in a wip folder."""
+    with suppress(ValueError):
+        start, end = map(int, name.removesuffix(".parquet").split("-"))
+        return start, end
+    return None
+
+
 class Saver:
     """The outcomes of one attempt, in order, saved about every `save_every_s` into the part's wip folder.
 
@@ -311,17 +319,15 @@ class Saver:
     def resume(self) -> None:
         """Take over what earlier attempts at the same incoming rows saved."""
         spans: dict[int, int] = {}
-        for name in self._store.names(self._folder):
-            with suppress(ValueError):
-                start, end = map(int, name.removesuffix(".parquet").split("-"))
-                spans[start] = max(end, spans.get(start, 0))
+        for start, end in filter(None, map(piece, self._store.names(self._folder))):
+            spans[start] = max(end, spans.get(start, 0))
         while self.done in spans:
             name = f"{self._folder}/{self.done:08d}-{spans[self.done]:08d}.parquet"
             footer = self._store.footer(name)
             if footer is None or footer["parent"] != self._given.parent:
                 break
-            piece = self._store.read_table(name)
-            self.add(self._sink.add(piece) if self._sink else piece)
+            rows = self._store.read_table(name)
+            self.add(self._sink.add(rows) if self._sink else rows)
             self._saved = self.done
 
     def add(self, rows: pa.Table) -> None:

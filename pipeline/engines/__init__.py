@@ -73,13 +73,15 @@ class Engine:
 class Event:
     """Something happened to one step of one part.
 
-    `rows`: so many more rows are done (of unfinished work). `done`: published, or found done where not `fresh`;
-    `footer` has the counts. `open`: a model was loaded, in `seconds`. `retry`: the attempt failed or its worker died;
-    there will be another. `lost`: there will not. `wait`: nothing is left but what another run is at work on.
-    `spent`: so many seconds of a worker, where `done` is told by the store, which does not know them.
+    `rows`: so many more rows are done (of unfinished work). `saved`: so many in all, where only the store tells.
+    `done`: published, or found done where not `fresh`; `footer` has the counts, and of these the worker did `rows` in
+    `seconds`, without loading the model; the others were saved before. `spent`: the same two, where `done` is told by
+    the store, which does not know them. `open`: a model was loaded, in `seconds`. `retry`: the attempt failed or its
+    worker died; there will be another. `lost`: there will not. `wait`: nothing is left but what another run is at work
+    on.
     """
 
-    kind: Literal["rows", "done", "open", "retry", "lost", "wait", "spent"]
+    kind: Literal["rows", "saved", "done", "open", "retry", "lost", "wait", "spent"]
     step: str
     part: int
     rows: int = 0

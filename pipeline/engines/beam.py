@@ -249,8 +249,6 @@ def run(job: Job, parts: Sequence[int], engine: Engine, listen: Listener) -> Non
     store = job.open_store()
     folder = f"runs/.beam-{uuid.uuid4().hex}"
     try:
-        for name in ("at", "told", "hung"):
-            store.fs.makedirs(store.path(f"{folder}/{name}"), exist_ok=True)
         _Driver(job, engine, listen, store, folder).run(parts)
     finally:
         with suppress(Exception):

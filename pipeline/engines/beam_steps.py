@@ -23,7 +23,7 @@ from ..stage import Function, InTwo, Stage, Step
 from ..store import Store
 from ..work import Attempt, Job, run_part
 from . import Engine, Event, Resources
-from .worker import Turn, Watch, in_turn
+from .worker import Clock, Turn, Watch, in_turn
 
 NO_PART = -1  # of a note that concerns all parts
 _FAULTS = 3  # exceptions of a part before it is given up
@@ -38,6 +38,7 @@ class _Shared:
 
     def __init__(self) -> None:
         self.lock, self.places, self.turn = threading.Lock(), threading.Semaphore(2), Turn()
+        self.clock = Clock()
         self.function: Function | None = None
 
     def open(self, stage: Stage) -> bool:
@@ -80,7 +81,7 @@ class Notes:
     def tell(self, store: Store, event: Event) -> None:
         """Leave an event for the driver."""
         if self.folder:
-            told = {name: getattr(event, name) for name in ("kind", "step", "part", "seconds", "text")}
+            told = {name: getattr(event, name) for name in ("kind", "step", "part", "rows", "seconds", "text")}
             store.write_json(f"{self.folder}/told/{time.time_ns()}-{uuid.uuid4().hex[:8]}.json", told)
 
     def hung(self, store: Store, index: int, part: int, why: str) -> None:
@@ -93,14 +94,14 @@ class Notes:
         name = f"{self.folder}/at/{self.round}-{index}-{part}-{uuid.uuid4().hex[:8]}"
         with suppress(Exception):  # a note that is missing costs no more than the name of a culprit
             if self.folder:
-                store.fs.pipe_file(store.path(name), b"")
+                store.claim(name, b"")
         return name
 
     def end(self, store: Store, name: str) -> None:
         """Take back what `begin` said."""
         with suppress(Exception):
             if self.folder:
-                store.fs.rm_file(store.path(name))
+                store.remove(name)
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,6 @@ class _Work:
                 with suppress(Exception):
                     self.notes.tell(store, Event("retry", step.name, part, text=text))
                 time.sleep(2.0**fault / 2)
-            begun = time.monotonic()
             try:
                 result = self._attempt(store, step, part)
             except LeasedError:
@@ -147,8 +147,6 @@ class _Work:
                 text = f"{type(error).__name__}: {error} ({os.path.basename(where.filename)}:{where.lineno})"
             else:
                 _count(step.name, *result)
-                if result[1]:
-                    self.notes.tell(store, Event("spent", step.name, part, seconds=time.monotonic() - begun))
                 return ""
         _count(step.name, None, False)
         return text
@@ -158,15 +156,27 @@ class _Work:
             shared = _SHARED.setdefault(f"{step.folder} {step.stage!r}", _Shared())
         watch = self._watch()
 
+        begun, opening, counts = time.monotonic(), 0.0, list[int]()
+
         def opener(stage: Stage) -> Function:
+            nonlocal opening
             start = time.monotonic()
             if shared.open(stage) and stage.opens_model:
-                self.notes.tell(store, Event("open", step.name, part, seconds=time.monotonic() - start))
+                opening = time.monotonic() - start
+                self.notes.tell(store, Event("open", step.name, part, seconds=opening))
             return shared.use(until)
 
+        def on_rows(rows: int) -> None:
+            counts.append(rows)
+            watch.hear()
+
         with ExitStack() as until, watch.over(lambda why: self.notes.hung(store, self.index, part, why)):
-            attempt = Attempt(on_rows=watch.hear, on_key=lambda key: shared.turn.close())
-            return run_part(self.job, self.index, part, opener, attempt)
+            attempt = Attempt(on_rows=on_rows, on_key=lambda key: shared.turn.close())
+            footer, fresh = run_part(self.job, self.index, part, opener, attempt)
+        if fresh:
+            seconds = shared.clock.since(begun) - opening
+            self.notes.tell(store, Event("spent", step.name, part, rows=sum(counts[1:]), seconds=seconds))
+        return footer, fresh
 
     def _watch(self) -> Watch:
         with _SHARED_LOCK:

@@ -3,15 +3,18 @@
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from ..leases import Waiting
-from ..stage import part_name
-from ..work import Job
+from ..stage import Step, part_name
+from ..store import Store, wip
+from ..work import Job, piece
 from . import Event, Listener
 
 _READERS = 8
 _AWAY_S = 30.0  # between two looks at a store that is away, at most
 _LOOK_S = 0.5
+_SAVED_EVERY_S = 15.0  # between two looks at what is saved of unfinished parts
 
 
 def follow(
@@ -24,38 +27,48 @@ def follow(
 ) -> None:
     """Tell every published part of every step as `done`, until `running` says no; those there at the start not fresh.
 
+    Now and then also how many rows of others are `saved`.
     Runs in the driver's main thread, so that what `listen` raises ends the run. `told` are those that were told before,
     and are not again. A store that is away is asked again, ever less often, while the workers go on; it raises only
     where it still is after the end.
     """
     store = job.open_store()
-    wanted = {f"{part_name(part)}.parquet": part for part in parts}
+    wanted = {part_name(part): part for part in parts}
     told = set() if told is None else told
-    fresh, away_s = False, 0.0
+    fresh, away_s, looked = False, 0.0, time.monotonic()
     while True:
         going = running()  # asked before the last look, so that nothing is missed
+        look = time.monotonic() - looked > _SAVED_EVERY_S
+        looked = time.monotonic() if look else looked
         found: list[Event] = []
         try:
-            for step in job.steps:
-                there = {wanted[name] for name in store.names(step.folder, "part-") if name in wanted}
-                new = [part for part in sorted(there) if (step.name, part) not in told]
-                with ThreadPoolExecutor(_READERS) as pool:
-                    footers = list(pool.map(store.footer, map(step.table, new)))
-                for part, footer in zip(new, footers, strict=True):
-                    if footer:
-                        found.append(Event("done", step.name, part, footer=footer, fresh=fresh))
+            with ThreadPoolExecutor(_READERS) as pool:
+                listed = list(pool.map(lambda step: store.names(step.folder, "part-"), job.steps))
+                for step, names in zip(job.steps, listed, strict=True):
+                    there = {wanted[name[:-8]] for name in names if name.endswith(".parquet") and name[:-8] in wanted}
+                    new = [part for part in sorted(there) if (step.name, part) not in told]
+                    begun = {wanted[name[:-4]] for name in names if name.endswith(".wip") and name[:-4] in wanted}
+                    for part, footer in zip(new, pool.map(store.footer, map(step.table, new)), strict=True):
+                        found += [Event("done", step.name, part, footer=footer, fresh=fresh)] if footer else []
+                    if look:
+                        found += [e for e in pool.map(partial(_saved, store, step), sorted(begun - there)) if e.rows]
             away_s = 0.0
         except OSError:  # a store that is away
             away_s = min(_AWAY_S, 2 * away_s + poll_s)
             if not going and away_s == _AWAY_S:
                 raise
         for event in found:
-            told.add((event.step, event.part))
+            told.update([(event.step, event.part)] if event.kind == "done" else [])
             listen(event)
         fresh = fresh or not away_s
         if not going and not away_s:
             return
         time.sleep(away_s or poll_s)
+
+
+def _saved(store: Store, step: Step, part: int) -> Event:
+    spans = map(piece, store.names(wip(step.table(part))))
+    return Event("saved", step.name, part, rows=max((span[1] for span in spans if span), default=0))
 
 
 def others(waiting: Waiting[int], listen: Listener) -> list[int]:

@@ -103,6 +103,8 @@ def _end_if_hung(worker: _Worker, engine: Engine) -> float:
     task = min(worker.tasks.values(), key=lambda task: task.begun, default=None)
     if task is None or task.hung:
         return _LONG_S
+    if worker.pipe.poll():  # where this process was away (a store that is slow), it has not heard all yet
+        return 0.0
     deadline, why = engine.deadline(task.begun, worker.heard)
     if (left := deadline - time.monotonic()) <= 0:
         task.hung = why
@@ -187,8 +189,8 @@ def _ended(
     if kind == "done":
         if task.index + 1 < len(job.steps):
             ready[task.index + 1].append(Task(task.index + 1, task.part))
-        seconds, (footer, fresh) = value
-        listen(Event("done", step.name, task.part, seconds=seconds, footer=footer, fresh=fresh))
+        seconds, rows, (footer, fresh) = value
+        listen(Event("done", step.name, task.part, rows=rows, seconds=seconds, footer=footer, fresh=fresh))
     elif kind == "leased":
         waiting.add(step.table(task.part), task)
     else:

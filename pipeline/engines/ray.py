@@ -3,49 +3,32 @@
 Every step is an operator of its own, named after it (`MapBatches(Caption)`), with its own pool of actors; Ray fuses no
 two pools into one operator. Its rows travel in blocks, of one part each but where there are very many. What must
 survive a worker lies in the store: a part's attempts leave marks in its wip folder, so a part that kills its worker is
-known for it on whatever node it comes up next.
+known for it on whatever node it comes up next. What runs on the workers is in `ray_steps`.
 """
 
-import functools
-import gc
-import importlib.metadata
 import json
 import logging
 import os
-import platform
-import time
-import traceback
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from queue import SimpleQueue
-from threading import Lock, Semaphore, Thread
+from threading import Thread
 from typing import Any
 
-import pyarrow as pa
-
 from ...models.contract import ModelError
-from ..leases import LeasedError, Waiting
-from ..stage import Function, Stage, Step
-from ..store import Store, wip
-from ..work import Attempt, Job, run_part
-from . import Engine, EngineError, Event, Listener, local
+from ..leases import Waiting
+from ..stage import Step
+from ..work import Job
+from . import Engine, EngineError, Event, Listener
 from .follow import follow, others
-from .worker import HANGS, Turn, Watch, in_turn
+from .ray_steps import Operator, Row, version
 
 _BLOCKS = 5000  # submitted at once: the driver holds a few kilobytes for each
 _TOGETHER = 64  # parts in a block, at most
 _BLOCKS_A_WORKER = 200  # before parts go together: enough to be shared evenly
-_DEATHS = 2  # of a part's worker; then the part runs in a subprocess of one
-_GIVE_UP = 8  # deaths: it is not the part's rows that kill
-_FAULTS = 3  # exceptions of a part (a store that is away, a full disk) before it is given up
-_BACKOFF_S = 1.0
 _POLL_S = 0.5
-
-# {"part": its number, "state": "" (goes on), "lost", "model" or "version", "said": JSON of [kind, step, text] each}
-Row = dict[str, Any]
 
 
 def run(job: Job, parts: Sequence[int], engine: Engine, listen: Listener) -> None:
@@ -162,7 +145,7 @@ def _hear(row: Row | Exception, job: Job, waiting: Waiting[int], listen: Listene
 
         text = str(row)
         if "No module named 'vesl" in text:
-            text = f"a worker cannot import vesl: install vesl {_version()} on every node"
+            text = f"a worker cannot import vesl: install vesl {version()} on every node"
         kind = _DiedError if isinstance(row, ActorDiedError) else EngineError
         raise kind(f"ray: {type(row).__name__}: {text.strip().splitlines()[-1] if text else ''}") from row
     for kind, step, text in json.loads(row["said"]):
@@ -173,7 +156,8 @@ def _hear(row: Row | Exception, job: Job, waiting: Waiting[int], listen: Listene
         if kind == "leased":
             waiting.add(text, row["part"])
         elif kind in ("spent", "open"):
-            listen(Event(kind, step, row["part"], seconds=float(text)))
+            seconds, rows = text.split()
+            listen(Event(kind, step, row["part"], rows=int(rows), seconds=float(seconds)))
         else:
             listen(Event(kind, step, row["part"], text=text))
 
@@ -206,7 +190,7 @@ def dataset(job: Job, parts: Sequence[int], engine: Engine, identity: str) -> An
             type(step.name.capitalize(), (Operator,), {}),  # Ray names the operator after its class
             batch_size=None,  # a block
             batch_format="pyarrow",
-            fn_constructor_args=(job, index, identity, _version(), engine),
+            fn_constructor_args=(job, index, identity, version(), engine),
             compute=ActorPoolStrategy(
                 min_size=want["min_size"],
                 max_size=want["max_size"],
@@ -242,166 +226,5 @@ def resources(step: Step, steps: int, engine: Engine, has: dict[str, float]) -> 
     return {"num_cpus": share, "num_gpus": gpus, "min_size": min(asked.min_workers or 1, most), "max_size": most}
 
 
-def _version() -> str:
-    return importlib.metadata.version("vesl")
-
-
 class _DiedError(EngineError):
     """An actor died too often."""
-
-
-class Operator:
-    """One step on an actor. What goes wrong with a part travels on in its row; no exception ends the pipeline.
-
-    Where a step opens a model, an actor is given two parts, in a thread each. The second waits at the gate until the
-    first is read and on its way to the model; then it is read and prepared, so that the model does not wait at the
-    border of two parts. A part that killed a worker before has the actor to itself.
-    """
-
-    def __init__(self, job: Job, index: int, identity: str, version: str, engine: Engine) -> None:
-        self._job, self._index, self._identity, self._wanted = job, index, identity, version
-        self._step, self._engine = job.steps[index], engine
-        self._function: Function | None = None
-        self._opening = 0.0
-        self._places, self._gate, self._turn = Semaphore(2), Lock(), Turn()
-        self._watch, self._marks = Watch(engine), set[str]()
-        self._end = ""  # "model" or "version": no part can be done here
-
-    def __call__(self, block: pa.Table) -> pa.Table:
-        """Do the step for the parts of a block, which is told of in the same rows."""
-        rows = block.to_pylist()
-        if len(rows) > 1 and self._step.stage.opens_model:
-            with ThreadPoolExecutor(2) as pool:
-                rows = list(pool.map(self._row, rows))
-        else:
-            rows = [self._row(row) for row in rows]
-        return pa.Table.from_pylist(rows, schema=block.schema)
-
-    def _row(self, row: Row) -> Row:
-        if row["state"] or self._end:
-            return row | {"state": row["state"] or self._end}
-        said: list[tuple[str, str, str]] = []
-        state = self._carry(row["part"], lambda kind, text: said.append((kind, self._step.name, text)))
-        self._end = state if state in ("model", "version") else self._end
-        return {"part": row["part"], "state": state, "said": json.dumps([*json.loads(row["said"]), *said])}
-
-    def _carry(self, part: int, say: Callable[[str, str], None]) -> str:
-        """Try the part until it is done or given up; the row's new state."""
-        if (there := _version()) != self._wanted:
-            say("version", f"{platform.node()} has vesl {there}, the driver {self._wanted}: install the same on both")
-            return "version"
-        for left in range(_FAULTS - 1, -1, -1):
-            try:
-                with self._places:
-                    return self._attempt(part, say)
-            except LeasedError:
-                say("leased", self._step.table(part))
-                return "leased"
-            except ModelError as error:
-                say("model", str(error))
-                return "model"
-            except Exception as error:  # noqa: BLE001  (a fault of a part, not of the run)
-                at = traceback.extract_tb(error.__traceback__)[-1]
-                text = f"{type(error).__name__}: {error} ({os.path.basename(at.filename)}:{at.lineno})"
-                say("retry" if left else "lost", text)
-            if left:
-                time.sleep(_BACKOFF_S * 3 ** (_FAULTS - 1 - left))
-        return "lost"
-
-    def _attempt(self, part: int, say: Callable[[str, str], None]) -> str:
-        """Leave a mark, do the part; if this process dies, the mark stays and the next attempt counts it."""
-        store, folder = self._job.open_store(), wip(self._step.table(part))
-        prefix = f"attempt-{self._identity}-"
-        gate = ExitStack()
-        gate.enter_context(self._gate)
-        with gate, closing(self._turn):
-            marks = store.names(folder)
-            if hangs := [name for name in marks if name.startswith(f"hung-{self._identity}-")]:
-                why = store.read(f"{folder}/{hangs[-1]}").decode()
-                if len(hangs) >= HANGS:
-                    say("lost", f"{why}, {len(hangs)} times")
-                    return "lost"
-                say("retry", why)
-            deaths = len([name for name in marks if name.startswith(prefix)])
-            if deaths:
-                say("retry" if deaths < _GIVE_UP else "lost", f"the worker died, {deaths} times in this run")
-                self._turn.take()
-            if deaths >= _GIVE_UP:
-                return "lost"
-            mark = f"{folder}/{prefix}{uuid.uuid4().hex[:8]}"
-            store.claim(mark, f"{platform.node()} {os.getpid()} {time.time():.0f}\n".encode())
-            self._marks.add(mark)
-            try:
-                if deaths >= _DEATHS:
-                    return self._alone(part, say)
-                read = Attempt().on_read if deaths else gate.close
-                attempt = Attempt(on_rows=self._watch.hear, on_key=lambda key: self._turn.close(), on_read=read)
-                begun = time.monotonic()
-                with self._watch.over(lambda why: self._hung(store, f"{folder}/hung-{self._identity}", why)):
-                    footer, fresh = run_part(self._job, self._index, part, self._open, attempt)
-            except Exception:
-                with suppress(Exception):  # a fault is no death; left where the store is away, it counts as one
-                    store.remove(mark)
-                raise
-            finally:
-                self._marks.discard(mark)
-            opening, self._opening = self._opening, 0.0
-            if opening:
-                say("open", f"{opening:.3f}")
-            if fresh:
-                count(footer)
-                say("spent", f"{time.monotonic() - begun - opening:.3f}")
-            return ""
-
-    def _hung(self, store: Store, name: str, why: str) -> None:
-        """Before this process is ended for a part that hangs: that is the fault of no other, and no death."""
-        store.claim(f"{name}-{time.time_ns()}", why.encode())
-        for mark in list(self._marks):
-            store.remove(mark)
-
-    def _open(self, stage: Stage) -> Function:
-        if self._function is None:
-            begun = time.monotonic()
-            self._function = in_turn(stage.open(), self._turn)
-            self._opening = time.monotonic() - begun if stage.opens_model else 0.0
-        return self._function
-
-    def _alone(self, part: int, say: Callable[[str, str], None]) -> str:
-        """Do the part in a subprocess, which finds the rows that kill; they fail as `crashed`."""
-        self._function = None  # the subprocess opens its own model, maybe on the same accelerator
-        gc.collect()
-        state = ""
-
-        def listen(event: Event) -> None:
-            nonlocal state
-            if event.kind in ("retry", "lost"):
-                say(event.kind, event.text)
-            if event.kind == "lost":
-                state = "lost"
-            if event.kind == "done" and event.step == self._step.name:
-                count(event.footer)
-
-        local.run(
-            replace(self._job, steps=self._job.steps[: self._index + 1]),
-            [part],
-            replace(self._engine, workers=1),
-            listen,
-        )
-        return state
-
-
-@functools.lru_cache(1)
-def _metric() -> Any:
-    from ray.util.metrics import Counter
-
-    return Counter("vesl_rows", "Rows through a step, by outcome and reason", ("step", "outcome", "reason"))
-
-
-def count(footer: dict[str, Any]) -> None:
-    """Add a part's outcomes to Ray's metric `vesl_rows`, by step, outcome and reason."""
-    counts = footer["counts"]
-    found = [("kept", "", counts["kept"])]
-    found += [(outcome, reason, n) for outcome in ("rejected", "failed") for reason, n in counts[outcome].items()]
-    for outcome, reason, n in found:
-        if n:
-            _metric().inc(n, {"step": footer["step"], "outcome": outcome, "reason": reason})

@@ -13,7 +13,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing.connection import Connection, wait
 from queue import SimpleQueue
 from typing import Any
@@ -52,8 +51,24 @@ class Task:
         return self.deaths >= DEATHS
 
 
+class Clock:
+    """The seconds of a worker that a part took: of two parts at a time, the later one's begin as the other ends."""
+
+    def __init__(self) -> None:
+        self._end = 0.0
+
+    def since(self, begun: float) -> float:
+        """The seconds of a part that ends now."""
+        now = time.monotonic()
+        seconds, self._end = now - max(begun, self._end), now
+        return seconds
+
+
 class Turn:
-    """Whose turn it is to use a model: the part's that began first, until all of its rows are through."""
+    """Whose turn it is to use a model: the part's that began first, until all of its rows are through.
+
+    A part takes it before the next may begin, even where none of its batches is ready yet.
+    """
 
     def __init__(self) -> None:
         self._lock, self._owner = threading.Lock(), 0
@@ -96,7 +111,7 @@ class Watch:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
-    def hear(self, rows: int = 1) -> None:
+    def hear(self) -> None:
         """Something was finished."""
         self._heard = time.monotonic()
 
@@ -143,6 +158,7 @@ def live(job: Job, pipe: Connection, output: Connection) -> None:
     threading.Thread(target=_follow_parent, daemon=True).start()
     functions: dict[str, Function] = {}
     turns: dict[str, Turn] = {}
+    clock = Clock()
     given: tuple[SimpleQueue[Task | None], SimpleQueue[Task | None]] = (SimpleQueue(), SimpleQueue())
     sending = threading.Lock()
 
@@ -159,8 +175,12 @@ def live(job: Job, pipe: Connection, output: Connection) -> None:
             with sending:
                 pipe.send((thread, kind, value))
 
-        while task := given[thread].get():
-            _try(job, task, functions, turns, tell)
+        try:
+            while task := given[thread].get():
+                _try(job, task, functions, turns, clock, tell)
+        except BaseException:  # noqa: BLE001  (a library's sys.exit(): in whichever thread, it ends the worker)
+            traceback.print_exc()
+            os._exit(1)
 
     threading.Thread(target=listen, daemon=True).start()
     threading.Thread(target=work, args=(1,), daemon=True).start()
@@ -168,23 +188,32 @@ def live(job: Job, pipe: Connection, output: Connection) -> None:
 
 
 def _try(
-    job: Job, task: Task, functions: dict[str, Function], turns: dict[str, Turn], tell: Callable[..., None]
+    job: Job,
+    task: Task,
+    functions: dict[str, Function],
+    turns: dict[str, Turn],
+    clock: Clock,
+    tell: Callable[..., None],
 ) -> None:
     """Do a step of a part, and tell how it goes and how it ended."""
-    pending, last, start = 0, time.monotonic(), time.monotonic()
+    pending, last, start, opening = 0, time.monotonic(), time.monotonic(), 0.0
+    counts: list[int] = []
     folder = job.steps[task.index].folder
     turn = turns.setdefault(folder, Turn())
 
     def opener(stage: Stage) -> Function:
+        nonlocal opening
         if folder not in functions:
             begun = time.monotonic()
             functions[folder] = in_turn(stage.open(), turn)
             if stage.opens_model:
-                tell("open", time.monotonic() - begun)
+                opening = time.monotonic() - begun
+                tell("open", opening)
         return functions[folder]
 
     def on_rows(rows: int) -> None:
         nonlocal pending, last
+        counts.append(rows)
         pending += rows
         if pending and time.monotonic() - last > _TICK_S:
             tell("rows", pending)
@@ -195,10 +224,14 @@ def _try(
         if key is None:  # no row is with the model any more
             turn.close()
 
-    attempt = Attempt(task.culprits, task.alone, on_rows, on_key, partial(tell, "read"))
+    def on_read() -> None:
+        turn.take()
+        tell("read")
+
+    attempt = Attempt(task.culprits, task.alone, on_rows, on_key, on_read)
     try:
         result = run_part(job, task.index, task.part, opener, attempt)
-        tell("done", (time.monotonic() - start, result))
+        tell("done", (clock.since(start) - opening, sum(counts[1:]), result))
     except LeasedError:
         tell("leased")
     except ModelError as error:

@@ -139,6 +139,39 @@ def test_the_runs_so_far_are_read_by_fingerprint(world: World) -> None:
     assert document["steps"]["pack"] == plan.steps[-1].fingerprint
 
 
+def test_a_speed_is_of_what_a_worker_did_on_any_engine(world: World) -> None:
+    world.list_urls("a", world.images(15))
+    assert world.run("run", "--until", "caption").returncode == 0
+    plan = make_plan(world.load())
+    (old,) = plan.store.names("runs")
+    steps = {"steps": {"caption": plan.steps[1].fingerprint}}
+    plan.store.write_json(f"runs/{old}/run.json", {"steps": {}})
+    plan.store.write_json("runs/29990101-000000-there/run.json", steps)
+    common = {"at": 1.0, "step": "caption"}
+    events = [
+        common | {"kind": "open", "part": 0, "seconds": 7.0},
+        common | {"kind": "done", "part": 0, "seconds": 0.0, "rows": 0, "fresh": True},  # as the store tells it
+        common | {"kind": "spent", "part": 0, "seconds": 10.0, "rows": 5},
+        common | {"kind": "done", "part": 1, "seconds": 4.0, "rows": 2, "fresh": True},  # three rows were saved before
+        common | {"kind": "done", "part": 2, "seconds": 0.1, "rows": 0, "fresh": False},
+        common | {"kind": "spent", "part": 0, "seconds": 1.0, "rows": 9, "step": "download"},  # of another download
+    ]
+    plan.store.write_json("runs/29990101-000000-there/events-00000.json", events)
+    found = from_runs(plan)
+    assert (found["caption"].units, found["caption"].opening) == ([(5, 10.0), (2, 4.0)], [7.0])
+    assert found["download"].units == []
+
+
+def test_what_an_adopted_result_does_not_have_costs_nothing(world: World) -> None:
+    world.list_urls("a", world.images(15))
+    assert world.run("run", "--until", "caption", "--set", "dataset.only_parts=0-1").returncode == 0
+    caption = make_plan(world.load()).steps[1].fingerprint
+    plan = make_plan(world.load(f"steps.caption.use={caption}"))
+    assert plan.without() == (2,)
+    missing = costs(plan, steps_of(plan), None)
+    assert [missing[step].images for step in ("download", "caption", "phrases", "pack")] == [0, 0, 10, 10]
+
+
 def test_mistakes(world: World) -> None:
     with pytest.raises(RecipeError, match="nothing is ingested yet"):
         measure(make_plan(world.load()), 10, print)

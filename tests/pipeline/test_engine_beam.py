@@ -282,6 +282,7 @@ def test_a_part_that_hangs_is_given_up_and_one_of_another_run_is_waited_for(
         (step, part) for step in ("download", "caption") for part in range(3) if (step, part) != ("caption", bad)
     )
     assert sorted(set(of(events, "done"))) == sorted(set(of(events, "spent")))
+    assert sum(event.rows for event in events if (event.kind, event.step) == ("spent", "caption")) == 10
     (text,) = [event.text for event in events if event.kind == "lost"]
     assert text == "no batch was finished in engine.silence_limit_s = 10, so its worker was ended, 2 times"
     leases.give_back(plan.store, [step.folder for step in plan.steps], "mine")  # as `vesl run` does at its end

@@ -15,7 +15,7 @@ from PIL import Image
 from tests.world import ROOT, World
 from vesl.models.contract import ModelError, PlainCaptioner
 from vesl.pipeline import leases
-from vesl.pipeline.engines import Engine, EngineError, Event, Resources, local
+from vesl.pipeline.engines import Engine, EngineError, Event, Resources, local, ray_steps
 from vesl.pipeline.engines import ray as engine
 from vesl.pipeline.plan import Plan
 from vesl.pipeline.run import _ingest
@@ -80,6 +80,8 @@ def test_same_bytes_as_the_local_engine_in_an_operator_for_each_step(
     for kind in ("done", "spent"):
         told = sorted((e.step, e.part, e.fresh) for e in events if e.kind == kind)
         assert told == sorted((step, part, True) for step in STEPS for part in range(4))
+    assert sum(e.rows for e in events if (e.kind, e.step) == ("spent", "download")) == 17
+    assert all(e.seconds > 0 for e in events if e.kind == "spent")
     assert {e.step for e in events if e.kind == "open"} == {"caption", "phrases", "ground"}
     assert {e.kind for e in events} == {"done", "spent", "open"}
     assert not list(Path(world.store).rglob("*.wip"))
@@ -157,7 +159,7 @@ def test_what_the_listener_raises_ends_the_run_at_once(cluster: Any, world: Worl
 
 def test_another_version_on_a_worker_is_refused(cluster: Any, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.list_urls("a", world.images(5))
-    monkeypatch.setattr(engine, "_version", lambda: "99.1")
+    monkeypatch.setattr(engine, "version", lambda: "99.1")
     with pytest.raises(EngineError, match=r"has vesl 0\.\d.*, the driver 99\.1: install the same on both"):
         carry(planned(world, until="download"))
     assert not Path(world.store, "download").exists()
@@ -191,8 +193,8 @@ def test_outcomes_are_counted_for_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         def inc(self, value: int, tags: dict[str, str]) -> None:
             counted.append((value, tags))
 
-    monkeypatch.setattr(engine, "_metric", Metric)
-    engine.count({"step": "select", "counts": {"kept": 7, "rejected": {"no_region": 2}, "failed": {"error": 1}}})
+    monkeypatch.setattr(ray_steps, "_metric", Metric)
+    ray_steps.count({"step": "select", "counts": {"kept": 7, "rejected": {"no_region": 2}, "failed": {"error": 1}}})
     assert counted == [
         (7, {"step": "select", "outcome": "kept", "reason": ""}),
         (2, {"step": "select", "outcome": "rejected", "reason": "no_region"}),
@@ -229,6 +231,7 @@ def test_a_part_that_hangs_is_given_up_and_one_of_another_run_is_waited_for(
     engine.run(replace(plan.job(), run="mine"), plan.todo(), options, listen)
     told = [(e.kind, e.step, e.part) for e in events if e.kind not in ("open", "spent")]
     assert told.count(("lost", "caption", bad)) == 1
+    assert told[told.index(("lost", "caption", bad)) - 1] == ("retry", "caption", bad)
     (wait,) = [e.text for e in events if e.kind == "wait"]
     assert wait.endswith(f"at work on {plan.steps[1].table(1 - bad)}")
     assert told.index(("wait", "", -1)) < told.index(("done", "caption", 1 - bad))

@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.world import ROOT, World
 from vesl.models.contract import PlainCaptioner
-from vesl.pipeline import leases
+from vesl.pipeline import journal, leases
 from vesl.pipeline.leases import LeasedError, Waiting, give_back, lease
 from vesl.pipeline.store import Store, to_json, wip
 
@@ -134,6 +134,17 @@ def test_a_dead_process_of_this_machine_holds_nothing(tmp_path: Path) -> None:
     assert held(store, "mine")
     store.replace(f"{wip(TABLE)}/lease-00000", to_json(sign | {"machine": "another"}))
     assert not held(store, "mine")
+
+
+def test_a_process_of_an_earlier_start_of_this_machine_is_not_taken_for_alive() -> None:
+    mine = journal.sign()
+    record = {"state": "running", "updated": time.time() - 3000, **mine, "pid": os.getppid()}
+    assert journal.alive(record)
+    assert not journal.alive(record | {"machine": "an earlier start of it"})  # another process has its number now
+    assert journal.alive(record | {"machine": "an earlier start of it", "updated": time.time() - 5})
+    del record["machine"]  # as an earlier version wrote it
+    assert journal.alive(record)
+    assert not journal.alive(record | {"host": "elsewhere"})
 
 
 def test_a_lease_that_is_silent_for_long_is_taken_over_by_one(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """The kept footers: as good as reading every table, and never believed against the listing."""
 
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -63,7 +65,6 @@ def test_kept_footers_are_read_once_and_again_where_a_table_changed(
     assert sorted(seen[6:]) == [f"{folder}/part-00007.parquet", f"{folder}/part-12346.parquet"]
     assert list(now) == [0, 1, 7, 12_346, 100_000, 123_456]
     assert [now[part]["rows"] for part in now] == [10, 10, 11, 3, 10, 10]
-    assert [now.rows_of(part) for part in (7, 12_345)] == [11, 0]
     assert list(look(store, folder, [1, 7, 100_000])) == [1, 7, 100_000]
     store.remove(f"{folder}/{KEPT}")
     keep(store, folder, look(store, folder, [0, 1, 7, 12_346]))
@@ -79,6 +80,33 @@ def test_kept_footers_that_cannot_be_used_are_made_anew(tmp_path: Path, small: N
     found = keep(store, folder, look(store, folder, range(5)))
     assert [found[part]["rows"] for part in range(5)] == [10] * 5
     assert look(store, folder, range(5)).fresh == 0
+
+
+def test_a_table_that_is_written_again_within_one_tick_of_the_clock_is_read_again(tmp_path: Path, small: None) -> None:
+    store, folder = Store(str(tmp_path)), "caption/0123456789ab"
+    for part in range(3):
+        put(store, part, 10)
+    path = tmp_path / folder / "part-00001.parquet"
+    os.utime(path, ns=(10**18, 10**18))
+    keep(store, folder, look(store, folder, range(3)))
+    put(store, 1, 1_234_567)
+    os.utime(path, ns=(10**18, 10**18))
+    assert look(store, folder, range(3))[1]["rows"] == 1_234_567
+
+
+@pytest.mark.parametrize("command", ["plan", "status", "report"])
+def test_a_compaction_that_is_not_at_its_end_is_told(world: World, command: str) -> None:
+    world.list_urls("a", world.images(5))
+    assert world.run("run", "--until", "download").returncode == 0
+    store, where = Store(world.store), ("--out", str(world.folder / "report.html")) if command == "report" else ()
+    journal = {"state": "running", "host": "elsewhere", "pid": 1, "lists": [], "parts": []}
+    for silence, says in ((5, "a compaction is at work on elsewhere"), (9000, "a compaction was interrupted")):
+        store.write_json("takedown/compaction-00001.json", journal | {"updated": time.time() - silence})
+        done = world.run(command, *where)
+        assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr
+        assert done.stderr.startswith(f"vesl: {says}")
+    store.write_json("takedown/compaction-00001.json", journal | {"state": "done"})
+    assert world.run(command, *where).stderr == ""
 
 
 def summary(plan: Plan) -> tuple[object, ...]:

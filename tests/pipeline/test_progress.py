@@ -17,6 +17,9 @@ def test_rows_of_a_part_count_once() -> None:
     tally.take(Event("rows", "download", 1, rows=9))
     tally.take(Event("retry", "download", 1))  # begins again, from what was saved
     assert tally.done("download") == 10
+    tally.take(Event("saved", "download", 1, rows=6))
+    tally.take(Event("saved", "download", 1, rows=8))
+    assert tally.done("download") == 18
 
 
 def test_what_a_later_step_will_see_follows_the_share_kept_so_far() -> None:
@@ -31,7 +34,7 @@ def test_what_a_later_step_will_see_follows_the_share_kept_so_far() -> None:
 def test_speed_is_of_this_runs_work_without_the_opening_of_models() -> None:
     tally = Tally(["caption"], rows=20)
     tally.take(Event("open", "caption", 0, seconds=7.0))
-    tally.take(Event("done", "caption", 0, footer=footer(10, 10), seconds=9.0))
+    tally.take(Event("done", "caption", 0, footer=footer(10, 10), seconds=2.0))
     tally.take(Event("done", "caption", 1, footer=footer(10, 10), seconds=5.0, fresh=False))  # was there
     snapshot = tally.snapshot()["caption"]
     assert (snapshot["rows"], snapshot["fresh"], snapshot["seconds"], snapshot["opened"]) == (20, 10, 2.0, 1)

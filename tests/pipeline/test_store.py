@@ -1,5 +1,6 @@
 import multiprocessing
 import os
+import shutil
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -109,6 +110,25 @@ def _create_until_killed(url: str) -> None:
     store = Store(url)
     for i in range(100_000):
         store.create(f"k/part-{i:05d}.parquet", b"x" * 100_000)
+
+
+def test_a_scratch_file_whose_folder_another_process_sweeps_away_is_opened_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, opened, swept = Store(str(tmp_path)), Path.open, list[Path]()
+
+    def just_before(path: Path, *arguments: Any) -> Any:
+        if not swept:
+            swept.append(path.parent)
+            shutil.rmtree(path.parent)
+        return opened(path, *arguments)
+
+    monkeypatch.setattr(Path, "open", just_before)
+    with store.spool("a/shard.tar") as file:
+        file.write(b"tar")
+        store.publish(file, "a/shard.tar")
+    assert store.read("a/shard.tar") == b"tar"
+    assert swept == [tmp_path / "a" / "shard.wip"]
 
 
 def test_killed_while_writing_leaves_whole_files_only(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from tests.faulty import Choose, Fault, FaultyProxy
 from tests.world import World
+from vesl.pipeline.gc import clear, results
 from vesl.pipeline.plan import make_plan
 from vesl.pipeline.store import Store, StoreFault, encode_table
 
@@ -113,6 +114,38 @@ def test_a_damaged_table_is_named_and_not_taken_as_done(store: Store) -> None:
         for ask in (store.footer, store.read_table):
             with pytest.raises(StoreFault, match=rf"t/part-0000{part}\.parquet is no whole Parquet .* remove it, then"):
                 ask(f"t/part-0000{part}.parquet")
+
+
+def test_a_table_with_a_damaged_middle_is_named(store: Store) -> None:
+    data = bytearray(encode_table(pa.table({"key": [f"{i * i:024x}" for i in range(5000)]}), {"part": 0}))
+    middle = len(data) // 2
+    data[middle : middle + 64] = bytes(64)
+    store.create("t/part-00000.parquet", bytes(data))
+    with pytest.raises(StoreFault, match=r"t/part-00000\.parquet is no whole Parquet .* remove it, then"):
+        store.read_table("t/part-00000.parquet")
+
+
+def test_a_store_that_is_away_is_waited_for_and_is_no_mistake_of_the_recipe(
+    bucket: Store, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy.choose = first("503")
+    bucket.check(write=True)
+    assert proxy.made["503"] == 1
+    monkeypatch.setattr(bucket, "patience_s", 1.5)
+    proxy.choose = first("503", times=999)
+    with pytest.raises(StoreFault, match=r"cannot be listed: .*run the same command again"):
+        bucket.check(write=True)
+
+
+def test_gc_bears_a_fault_that_passes(bucket: Store, proxy: FaultyProxy) -> None:
+    for name in ("part-00000.parquet", "step.json"):
+        bucket.create(f"caption/0123456789ab/{name}", b"{}")
+    proxy.choose = first("503")
+    (found,) = results(bucket, {})
+    assert sorted(found.files) == ["caption/0123456789ab/part-00000.parquet", "caption/0123456789ab/step.json"]
+    clear(bucket, found)
+    assert proxy.made["503"] > 3
+    assert bucket.names("caption/0123456789ab") == []
 
 
 def storm(seed: int) -> Choose:

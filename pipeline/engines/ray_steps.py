@@ -1,0 +1,217 @@
+"""A step as Ray's operator: what runs on an actor, and what it leaves in the store in case that it dies."""
+
+import functools
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import replace
+from threading import Lock, Semaphore
+from typing import Any
+
+import pyarrow as pa
+
+from ...models.contract import ModelError
+from ..leases import LeasedError
+from ..stage import Function, Stage
+from ..store import Store, wip
+from ..work import Attempt, Job, run_part
+from . import Engine, Event, local
+from .worker import HANGS, Clock, Turn, Watch, in_turn
+
+_DEATHS = 2  # of a part's worker; then the part runs in a subprocess of one
+_GIVE_UP = 8  # deaths: it is not the part's rows that kill
+_FAULTS = 3  # exceptions of a part (a store that is away, a full disk) before it is given up
+_BACKOFF_S = 1.0
+
+# {"part": its number, "state": "" (goes on), "lost", "model" or "version", "said": JSON of [kind, step, text] each}
+Row = dict[str, Any]
+
+
+def version() -> str:
+    """Of vesl, as it is installed in this process."""
+    return importlib.metadata.version("vesl")
+
+
+class Operator:
+    """One step on an actor. What goes wrong with a part travels on in its row; no exception ends the pipeline.
+
+    Where a step opens a model, an actor is given two parts, in a thread each. The second waits at the gate until the
+    first is read and on its way to the model; then it is read and prepared, so that the model does not wait at the
+    border of two parts. A part that killed a worker before has the actor to itself.
+    """
+
+    def __init__(self, job: Job, index: int, identity: str, version: str, engine: Engine) -> None:
+        self._job, self._index, self._wanted = job, index, version
+        self._step, self._engine = job.steps[index], engine
+        self._function: Function | None = None
+        self._opening = 0.0
+        self._places, self._gate, self._turn, self._clock = Semaphore(2), Lock(), Turn(), Clock()
+        self._watch, self._marks = Watch(engine), set[str]()
+        self._mark, self._hang = f"attempt-{identity}-", f"hung-{identity}-"  # how names of notes begin
+        self._end = ""  # "model" or "version": no part can be done here
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """Do the step for the parts of a block, which is told of in the same rows."""
+        rows = block.to_pylist()
+        if len(rows) > 1 and self._step.stage.opens_model:
+            with ThreadPoolExecutor(2) as pool:
+                rows = list(pool.map(self._row, rows))
+        else:
+            rows = [self._row(row) for row in rows]
+        return pa.Table.from_pylist(rows, schema=block.schema)
+
+    def _row(self, row: Row) -> Row:
+        if row["state"] or self._end:
+            return row | {"state": row["state"] or self._end}
+        said: list[tuple[str, str, str]] = []
+        state = self._carry(row["part"], lambda kind, text: said.append((kind, self._step.name, text)))
+        self._end = state if state in ("model", "version") else self._end
+        return {"part": row["part"], "state": state, "said": json.dumps([*json.loads(row["said"]), *said])}
+
+    def _carry(self, part: int, say: Callable[[str, str], None]) -> str:
+        """Try the part until it is done or given up; the row's new state."""
+        if (there := version()) != self._wanted:
+            say("version", f"{platform.node()} has vesl {there}, the driver {self._wanted}: install the same on both")
+            return "version"
+        for left in range(_FAULTS - 1, -1, -1):
+            try:
+                with self._places:
+                    return self._attempt(part, say)
+            except LeasedError:
+                say("leased", self._step.table(part))
+                return "leased"
+            except ModelError as error:
+                say("model", str(error))
+                return "model"
+            except Exception as error:  # noqa: BLE001  (a fault of a part, not of the run)
+                at = traceback.extract_tb(error.__traceback__)[-1]
+                text = f"{type(error).__name__}: {error} ({os.path.basename(at.filename)}:{at.lineno})"
+                say("retry" if left else "lost", text)
+            if left:
+                time.sleep(_BACKOFF_S * 3 ** (_FAULTS - 1 - left))
+        return "lost"
+
+    def _attempt(self, part: int, say: Callable[[str, str], None]) -> str:
+        """Do the part, unless it is to be given up; the row's new state."""
+        store, folder = self._job.open_store(), wip(self._step.table(part))
+        gate = ExitStack()
+        gate.enter_context(self._gate)
+        with gate, closing(self._turn):
+            lost, deaths = self._before(store, folder, say)
+            if lost:
+                return "lost"
+            with self._marked(store, folder):
+                if deaths >= _DEATHS:
+                    return self._alone(part, say)
+                counts: list[int] = []
+
+                def on_rows(rows: int) -> None:
+                    counts.append(rows)
+                    self._watch.hear()
+
+                def on_read() -> None:
+                    self._turn.take()
+                    if not deaths:
+                        gate.close()
+
+                attempt = Attempt(on_rows=on_rows, on_key=lambda key: self._turn.close(), on_read=on_read)
+                begun = time.monotonic()
+                with self._watch.over(lambda why: self._hung(store, folder, why)):
+                    footer, fresh = run_part(self._job, self._index, part, self._open, attempt)
+            opening, self._opening = self._opening, 0.0
+            if opening:
+                say("open", f"{opening:.3f} 0")
+            if fresh:
+                count(footer)
+                say("spent", f"{self._clock.since(begun) - opening:.3f} {sum(counts[1:])}")
+            return ""
+
+    def _before(self, store: Store, folder: str, say: Callable[[str, str], None]) -> tuple[bool, int]:
+        """By the marks of earlier attempts: whether the part is given up, and how many workers died with it."""
+        marks = store.names(folder)
+        if hangs := [name for name in marks if name.startswith(self._hang)]:
+            why = store.read(f"{folder}/{hangs[-1]}").decode()
+            say("retry", why)  # also before the end: the attempt that could have said so hung too
+            if len(hangs) >= HANGS:
+                say("lost", f"{why}, {len(hangs)} times")
+                return True, 0
+        if deaths := len([name for name in marks if name.startswith(self._mark)]):
+            say("retry" if deaths < _GIVE_UP else "lost", f"the worker died, {deaths} times in this run")
+            self._turn.take()
+        return deaths >= _GIVE_UP, deaths
+
+    @contextmanager
+    def _marked(self, store: Store, folder: str) -> Iterator[None]:
+        """Leave a mark; if this process dies, it stays, and the next attempt counts it."""
+        mark = f"{folder}/{self._mark}{uuid.uuid4().hex[:8]}"
+        store.claim(mark, f"{platform.node()} {os.getpid()} {time.time():.0f}\n".encode())
+        self._marks.add(mark)
+        try:
+            yield
+        except Exception:
+            with suppress(Exception):  # a fault is no death; left where the store is away, it counts as one
+                store.remove(mark)
+            raise
+        finally:
+            self._marks.discard(mark)
+
+    def _hung(self, store: Store, folder: str, why: str) -> None:
+        """Before this process is ended for a part that hangs: that is the fault of no other, and no death."""
+        store.claim(f"{folder}/{self._hang}{time.time_ns()}", why.encode())
+        for mark in list(self._marks):
+            store.remove(mark)
+
+    def _open(self, stage: Stage) -> Function:
+        if self._function is None:
+            begun = time.monotonic()
+            self._function = in_turn(stage.open(), self._turn)
+            self._opening = time.monotonic() - begun if stage.opens_model else 0.0
+        return self._function
+
+    def _alone(self, part: int, say: Callable[[str, str], None]) -> str:
+        """Do the part in a subprocess, which finds the rows that kill; they fail as `crashed`."""
+        self._function = None  # the subprocess opens its own model, maybe on the same accelerator
+        gc.collect()
+        state = ""
+
+        def listen(event: Event) -> None:
+            nonlocal state
+            if event.kind in ("retry", "lost"):
+                say(event.kind, event.text)
+            if event.kind == "lost":
+                state = "lost"
+            if event.kind == "done" and event.step == self._step.name:
+                count(event.footer)
+
+        local.run(
+            replace(self._job, steps=self._job.steps[: self._index + 1]),
+            [part],
+            replace(self._engine, workers=1),
+            listen,
+        )
+        return state
+
+
+@functools.lru_cache(1)
+def _metric() -> Any:
+    from ray.util.metrics import Counter
+
+    return Counter("vesl_rows", "Rows through a step, by outcome and reason", ("step", "outcome", "reason"))
+
+
+def count(footer: dict[str, Any]) -> None:
+    """Add a part's outcomes to Ray's metric `vesl_rows`, by step, outcome and reason."""
+    counts = footer["counts"]
+    found = [("kept", "", counts["kept"])]
+    found += [(outcome, reason, n) for outcome in ("rejected", "failed") for reason, n in counts[outcome].items()]
+    for outcome, reason, n in found:
+        if n:
+            _metric().inc(n, {"step": footer["step"], "outcome": outcome, "reason": reason})
