@@ -31,20 +31,27 @@ def test_flags_are_frozen() -> None:
         (["--set", "dataset.source=/nowhere/*.csv"], "no file matches /nowhere/*.csv"),
         (["--set", "dataset.url_column=link"], "has no column 'link'"),
         (["--set", "store=/proc/nothing/store"], "store /proc/nothing/store"),
-        (["--set", "store=s3://bucket/x"], "store s3://bucket/x"),
         (["--set", "store=nosuch://x"], "nosuch"),
         (["--until", "nothing"], "invalid choice: 'nothing'"),
     ],
 )
 def test_usage_and_recipe_errors_exit_with_2(world: World, arguments: list[str], says: str) -> None:
     world.list_urls("a", world.images(2))
-    offline = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
-    done = world.run("run", *arguments, env=offline)
+    done = world.run("run", *arguments)
     assert done.returncode == 2
     assert says in done.stderr
     assert "Traceback" not in done.stderr
     assert says == "invalid choice: 'nothing'" or done.stderr.startswith("vesl: ")
     assert len(done.stderr.splitlines()) == 1 or "usage" in done.stderr
+
+
+def test_a_bucket_that_does_not_answer_is_a_fault_of_one_line(world: World) -> None:
+    world.list_urls("a", world.images(2))
+    offline = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+    done = world.run("run", "--set", "store=s3://bucket/x", env=offline | {"VESL_STORE_PATIENCE_S": "1"})
+    assert done.returncode == 1
+    assert done.stderr.startswith("vesl: s3://bucket/x")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_missing_recipe(tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ def test_a_large_upload_whose_last_answer_was_lost_is_known_as_ours(bucket: Stor
     assert zlib.crc32(bucket.read("large.bin")) == zlib.crc32(data)
 
 
+@pytest.mark.slow
 def test_an_upload_that_breaks_is_no_object(bucket: Store, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     proxy.choose = first("half", "PUT", 99)
     monkeypatch.setattr(bucket, "patience_s", 5.0)
@@ -214,6 +215,7 @@ def test_a_store_that_goes_away_ends_the_run_clearly(
         assert make_plan(world.load()).todo() == ()
 
 
+@pytest.mark.slow
 def test_a_half_written_table_stops_the_run_with_its_name(
     world: World, proxy: FaultyProxy, tmp_path: Path, s3_options: dict[str, Any]
 ) -> None:

@@ -58,6 +58,7 @@ def test_a_part_that_hangs_is_ended_twice_then_lost_and_the_rest_is_done(hung: W
     assert not list(Path(hung.store).rglob("lease-*"))
 
 
+@pytest.mark.slow
 def test_a_part_that_hangs_once_costs_nothing_but_time(hung: World, tmp_path: Path) -> None:
     hung.list_urls("a", hung.images(10, captions={4: "hm, once"}))
     hung.document["engine"]["silence_limit_s"] = 8
@@ -68,6 +69,7 @@ def test_a_part_that_hangs_once_costs_nothing_but_time(hung: World, tmp_path: Pa
     assert make_plan(hung.load(), "caption").todo() == ()
 
 
+@pytest.mark.slow
 def test_slow_parts_that_go_on_are_left_alone_unless_a_limit_is_set(hung: World, tmp_path: Path) -> None:
     hung.list_urls("a", hung.images(12))
     hung.document["dataset"]["rows_per_part"] = 12
