@@ -477,7 +477,8 @@ def test_lists_that_cannot_be_used(filled: World, text: bytes | None, says: str)
 def test_damage_is_told_and_what_to_do_about_it(filled: World, damage: str) -> None:
     """Silence would be worst: a broken header is the end to many readers of tars, and the samples after it are lost."""
     plan = plans(filled)[0]
-    name, wanted = key(url(filled, 3)), needles(filled, 3, plan)
+    first = min(range(12), key=lambda i: key(url(filled, i)))  # so that what is damaged is another's, that stays
+    name, wanted = key(url(filled, first)), needles(filled, first, plan)
     (part,) = [p for p in plan.parts if name in _keys(plan, p)]
     step = plan.steps[0 if damage == "images" else -1]
     footer = plan.store.footer(step.table(part))
