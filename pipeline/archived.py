@@ -1,6 +1,7 @@
 """The images of archives, read by the places that ingest noted (`archives` says what kinds there are).
 
 What lies there now need not be what ingest saw: every way to be wrong costs the rows that it concerns, with a reason.
+An archive that has another stamp now would give rows the images of others, so none of them is read.
 """
 
 import os
@@ -12,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO, TypeVar
 
 import fsspec
@@ -22,8 +23,8 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from ..transforms.outcomes import Drop
-from .archives import ENDINGS, image_of, samples
-from .fetch import cores
+from .archives import ENDINGS, image_of, samples, stamp
+from .fetch import Made, cores
 from .request import Fetched
 from .respect import RespectRule, check_domain
 
@@ -32,6 +33,7 @@ T = TypeVar("T")
 _PAUSES_S = (1.0, 5.0)  # between tries to open one in a bucket
 _OPEN = 2  # archives, and row groups of a table, at a time in each worker
 _HOST = re.compile(r"[a-z][a-z0-9+.-]*://(?:[^/?#]*@)?([^/?#:]+)")  # of a normalised URL
+_WAITING = 128  # images that were read and that nobody has taken yet
 _GROUP_BYTES = 1 << 30  # of a row group that is read at once; img2dataset's have 100 images
 
 
@@ -44,29 +46,29 @@ class Archives:
     def __init__(self, options: Mapping[str, Any], max_bytes: int, respect: RespectRule) -> None:
         self._options, self._max_bytes, self._respect = options, max_bytes, respect
         self._threads = ThreadPoolExecutor(min(8, cores()), "archive")
-        self._lock = threading.Lock()
-        self._open: dict[str, _Tar | _Folder | _Table | Drop] = {}
+        self._lock, self._places = threading.Lock(), threading.Semaphore(_WAITING)
+        self._open: dict[str, tuple[_Tar | _Folder | _Table | Drop, str]] = {}  # with their stamps
 
-    def take(self, batch: pa.Table, use: Callable[[Fetched], T]) -> dict[int, T | Exception]:
-        """What `use` makes of the archived images of a batch with the columns `url` and `archived`, by row."""
+    def submit(self, url: str | None, place: Mapping[str, Any], use: Callable[[Fetched], T]) -> Future[Made[T]]:
+        """Begin to read the image of a row with this URL; returns at once. `use` turns it into the row's result."""
+        return self._threads.submit(self._row, url, place, use)
 
-        def one(row: tuple[int, str, dict[str, Any]]) -> tuple[int, T | Exception]:
-            number, url, place = row
-            try:
-                if self._respect.blocked and (host := _HOST.match(url or "")):
-                    check_domain(host[1].lower(), self._respect)
-                return number, use(Fetched(self.read(**place), "", ""))
-            except Exception as error:  # noqa: BLE001  (it is this row's result; the guard of the step looks at it)
-                error.__traceback__ = error.__context__ = error.__cause__ = None
-                return number, error
+    def _row(self, url: str | None, place: Mapping[str, Any], use: Callable[[Fetched], T]) -> Made[T]:
+        self._places.acquire()
+        made: T | Exception
+        try:
+            if self._respect.blocked and (host := _HOST.match(url or "")):
+                check_domain(host[1].lower(), self._respect)
+            made = use(Fetched(self.read(**place)))
+        except Exception as error:  # noqa: BLE001  (it is this row's result; the guard of the step looks at it)
+            error.__traceback__ = error.__context__ = error.__cause__ = None
+            made = error
+        return Made(made, self._places.release)
 
-        rows = zip(range(len(batch)), batch["url"].to_pylist(), batch["archived"].to_pylist(), strict=True)
-        return dict(self._threads.map(one, [row for row in rows if row[2] is not None]))
-
-    def read(self, path: str, member: str | None, row: int | None) -> bytes:
+    def read(self, path: str, member: str | None, row: int | None, stamp: str | None = None) -> bytes:
         """The bytes of an image.
 
-        Raises Drop: archive_missing, archive_damaged, archive_unreadable, too_large, empty.
+        Raises Drop: archive_missing, archive_damaged, archive_changed, archive_unreadable, too_large, empty.
         """
         try:
             with self._lock:
@@ -74,7 +76,9 @@ class Archives:
                     while len(self._open) >= _OPEN:
                         del self._open[next(iter(self._open))]  # who still reads it holds it
                     self._open[path] = self._opened(path, row)
-                archive = self._open[path]
+                archive, now = self._open[path]
+            if stamp and now and stamp != now:
+                raise Drop("archive_changed", f"{path}: its stamp was {stamp}, and is {now} now")
             if isinstance(archive, Drop):
                 raise Drop(archive.reason, archive.detail)
             data = archive.read(member or "", row or 0, self._max_bytes)
@@ -88,7 +92,9 @@ class Archives:
             raise Drop("empty")
         return data
 
-    def _opened(self, path: str, row: int | None) -> "_Tar | _Folder | _Table | Drop":
+    def _opened(self, path: str, row: int | None) -> "tuple[_Tar | _Folder | _Table | Drop, str]":
+        """An archive, or why there is none, and its stamp; that is empty where not even as much can be read."""
+        now = ""
         fs = LocalFileSystem() if os.path.isabs(path) else None  # by the letter, where fsspec would see a protocol
         name = path
         if fs is None:
@@ -98,16 +104,17 @@ class Archives:
         pauses_s = iter(() if isinstance(fs, LocalFileSystem) else _PAUSES_S)
         while True:
             try:
-                return kind(fs, name)
+                now = stamp(fs, name, kind is _Folder)
+                return kind(fs, name), now
             except FileNotFoundError:
-                return Drop("archive_missing", path)
+                return Drop("archive_missing", path), now
             except pa.ArrowInvalid as error:
-                return Drop("archive_damaged", f"{path}: {error}")
+                return Drop("archive_damaged", f"{path}: {error}"), now
             except MemoryError:
                 raise
             except Exception as error:  # noqa: BLE001  (every driver has errors of its own)
                 if (pause_s := next(pauses_s, None)) is None:  # remembered, so that not every row waits for it again
-                    return Drop("archive_unreadable", f"{path}: {type(error).__name__}: {error}")
+                    return Drop("archive_unreadable", f"{path}: {type(error).__name__}: {error}"), now
                 time.sleep(pause_s)
 
 

@@ -36,6 +36,7 @@ _SIDECAR = {"key", "url", "status", "error_message"}
 _NAME = re.compile(r"[\w+=-]{1,200}", re.ASCII)  # of a sample in a sidecar; it becomes part of a path
 _BATCH = 20_000  # rows of a sidecar
 _READERS = 16  # archives at a time
+_END_BYTES = 1 << 16  # of an archive, that its stamp is made of
 _WALK = 1000  # samples of a tar
 _NAME_CHARS = 1000  # of a member
 _TEXT_BYTES = 1 << 20  # of a member with a caption or with JSON
@@ -106,29 +107,45 @@ def read_archives(sources: Sequence[UrlList]) -> Iterator[tuple[UrlList, list[Ro
 def _read(source: UrlList) -> list[Rows]:
     """What an archive says of its images, in its order; a row's place is None where it has none.
 
-    Where there is a sidecar, nothing else is read: an ingest of 100 TB takes the sidecars' few GB. That is why an image
-    is known by its URL's key, which is also that of the same URL in a list, and by its content only where no URL is
-    known, in a tar that has to be walked. (The sidecar's sha256 and md5 are of what img2dataset downloaded, before it
-    resized that, so they name no bytes that are there.) Raises IngestError.
+    Where there is a sidecar, nothing else is read but for the stamp: an ingest of 100 TB takes the sidecars' few GB.
+    That is why an image is known by its URL's key, which is also that of the same URL in a list, and by its content
+    only where no URL is known, in a tar that has to be walked. (The sidecar's sha256 and md5 are of what img2dataset
+    downloaded, before it resized that, so they name no bytes that are there.) Raises IngestError.
     """
     stem = source.path.rpartition(".")[0]
-    holder = _url(source.fs, {"sidecar": f"{stem}.tar", "folder": stem}.get(source.kind, source.path))
+    path = {"sidecar": f"{stem}.tar", "folder": stem}.get(source.kind, source.path)
     try:
+        place = {"path": _url(source.fs, path), "stamp": stamp(source.fs, path, source.kind == "folder")}
         if source.kind == "tar" and source.fs.exists(f"{stem}.parquet"):
             source = replace(source, path=f"{stem}.parquet", kind="sidecar")
         if source.kind != "tar":
-            return list(_sidecar(source, holder))
+            return list(_sidecar(source, place))
         with source.fs.open(source.path, "rb") as file:
-            return list(_walked(file, source.size, holder))
+            return list(_walked(file, source.size, place))
     except UNREADABLE as error:
         raise unreadable(source, error) from None
+
+
+def stamp(fs: Any, path: str, folder: bool) -> str:
+    """What tells an archive from another that takes its place, and is the same for its copies on other machines.
+
+    Its size and its two ends, as nobody reads 100 TB for that; of a folder, the names and sizes of its files.
+    """
+    if folder:
+        inside = [(file["name"].rstrip("/").rpartition("/")[2], file["size"]) for file in fs.ls(path, detail=True)]
+        size, said = len(inside), repr(sorted(inside)).encode()
+    else:
+        size = fs.size(path)
+        ends = ((0, min(_END_BYTES, size)), (max(_END_BYTES, size - _END_BYTES), size))
+        said = b"".join(fs.cat_file(path, start=start, end=end) for start, end in ends if start < end)
+    return f"{size}-{hashlib.sha256(said).hexdigest()[:16]}"
 
 
 def _url(fs: Any, path: str) -> str:
     return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
 
 
-def _sidecar(source: UrlList, holder: str) -> Iterator[Rows]:
+def _sidecar(source: UrlList, holder: Mapping[str, str]) -> Iterator[Rows]:
     with source.fs.open(source.path, "rb") as raw:
         file = pq.ParquetFile(raw)
         names = file.schema_arrow.names
@@ -144,14 +161,14 @@ def _sidecar(source: UrlList, holder: str) -> Iterator[Rows]:
             for i, (key, status) in enumerate(zip(cells["key"], cells["status"], strict=True), first):
                 good = status == "success" and key is not None and _NAME.fullmatch(key)
                 table = source.kind == "table"
-                place = {"path": holder, "member": None if table else key, "row": i if table else None}
+                place = {**holder, "member": None if table else key, "row": i if table else None}
                 archived.append(place if good else None)
             nothing: list[str | None] = [None] * len(batch)
             yield Rows(0, cells["url"], cells.get("caption", nothing), contents=nothing, archived=archived)
             first += len(batch)
 
 
-def _walked(file: BinaryIO, end: int, holder: str) -> Iterator[Rows]:
+def _walked(file: BinaryIO, end: int, holder: Mapping[str, str]) -> Iterator[Rows]:
     """The samples of a tar without a sidecar. One that is broken has those before the break, and one malformed row."""
     rows, known = Rows(0, [], [], contents=[], archived=[]), set[str]()
 
@@ -168,7 +185,7 @@ def _walked(file: BinaryIO, end: int, holder: str) -> Iterator[Rows]:
         unknown = image is not None and not (url and url.strip())
         rows.contents.append(_digest(file, *image)[:KEY_DIGITS] if unknown and image else None)
         new = image and stem not in known  # by its name, download would find the first
-        rows.archived.append({"path": holder, "member": stem, "row": None} if new else None)
+        rows.archived.append({**holder, "member": stem, "row": None} if new else None)
         known.update([stem] if image else [])
 
     broken = 0

@@ -60,13 +60,14 @@ def open_session(
     decompression and no second try. A connection stays open for another request to its host (a requester that wants it
     closed says so in its headers); its address was judged, so those that it serves later need no look-up.
     """
-    from asyncio import sslproto
+    from asyncio import selector_events, sslproto
 
     import aiohttp
     from aiohttp.abc import AbstractResolver, ResolveResult
 
     places = asyncio.Semaphore(_LOOK_UPS)
-    sslproto.SSLProtocol.max_size = _SOCKET_BYTES  # else 256 KiB for each connection
+    # Else 256 KiB for each connection, of what is read at once.
+    sslproto.SSLProtocol.max_size = selector_events._SelectorSocketTransport.max_size = _SOCKET_BYTES  # type: ignore[attr-defined]
 
     def open_socket(info: Any) -> socket.socket:
         family, kind, protocol, _, address = info

@@ -15,6 +15,8 @@ from statistics import NormalDist
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -248,26 +250,24 @@ def _keep_all(job: Job, scratch: Store, index: int, part: int) -> dict[str, Any]
 
 def costs(plan: Plan, measured: Mapping[str, Measured], images: float | None) -> dict[str, Cost]:
     """The cost of each step: for what is missing, or for a data set of that many input rows."""
-    found, without = {}, set(plan.without())
-    coming = images or 0.0
+    found, coming, without = {}, images or 0.0, plan.without()
     for i, step in enumerate(plan.steps):
-        missing = [part for part in plan.missing(step) if part not in without]  # of these nothing can be done
-        rows = coming if images is not None else _reaching(plan, measured, i, missing)
+        if images is None:  # of the parts that an adopted result does not have nothing can be done
+            coming = _reaching(plan, measured, i, np.setdiff1d(plan.missing(step), without))
+        found[step.name] = _cost(plan, step, measured[step.name], coming)
         coming *= measured[step.name].share
-        found[step.name] = _cost(plan, step, measured[step.name], rows)
     return found
 
 
-def _reaching(plan: Plan, measured: Mapping[str, Measured], index: int, parts: Sequence[int]) -> float:
+def _reaching(plan: Plan, measured: Mapping[str, Measured], index: int, parts: npt.NDArray[np.int64]) -> float:
     """The rows of these parts that will come into a step: what its parent kept, or, before that is done, will keep."""
-    if not parts:
+    if not len(parts):
         return 0.0
     if not index:
         return float(plan.inputs.total(parts)["rows"])
     parent = plan.steps[index - 1]
     there = plan.done[parent.name]
-    without = [part for part, done in zip(parts, there.among(parts), strict=True) if not done]
-    left = measured[parent.name].share * _reaching(plan, measured, index - 1, without)
+    left = measured[parent.name].share * _reaching(plan, measured, index - 1, parts[~there.among(parts)])
     return float(there.total(parts)["counts"]["kept"]) + left
 
 

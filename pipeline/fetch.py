@@ -1,9 +1,9 @@
-"""Fetch what strangers' URLs name: a stream of batches with about a thousand requests in flight. Download calls it.
+"""Fetch what strangers' URLs name: a stream with about a thousand requests in flight. Download calls it.
 
     submit -> turn at the host (hosts) -> place among those in flight -> request (request, connect) -> `use` in a thread
 
-One event loop in a thread of its own serves all batches of a worker, so that a batch that waits for its slowest URL
-leaves no connection idle, as long as later batches are submitted ahead.
+One event loop in a thread of its own serves all parts of a worker. Each URL has a result of its own, so that a slow one
+leaves no connection idle and no other waiting, as long as more are submitted than are in flight.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ import re
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -57,7 +57,7 @@ class FetchRule:
     contact: str | None = operational(None)  # an address or page for owners who object, added to the user agent
     allow_networks: tuple[str, ...] = ()
     concurrency: int = operational(1000)  # requests in flight in each worker
-    buffer_mib: int = operational(128)  # of bodies, and of results that wait for their batch, in each worker
+    buffer_mib: int = operational(80)  # of bodies, and of results that nobody has taken yet, in each worker
     host_concurrency: int | None = operational(64)  # connections to one host, of all workers together
     host_rate_per_s: float | None = operational(None)  # requests to one host, of all workers together
     patience_s: float = operational(30.0)  # with a host that asks to be left alone (Retry-After, or 429 and 503 alone)
@@ -86,34 +86,58 @@ class FetchRule:
         return f"{self.user_agent} (+{self.contact})" if self.contact else self.user_agent
 
 
+class Made(Generic[T]):
+    """What became of a URL: what `use` returned, or an exception. Who is handed it takes it at once.
+
+    Until then it counts as memory; one that nobody holds any more does not.
+    """
+
+    def __init__(self, value: T | Exception, free: Callable[[], None]) -> None:
+        self._value = value
+        self._free = weakref.finalize(self, free)
+        self._free.atexit = False
+
+    def take(self) -> T | Exception:
+        """The result."""
+        self._free()
+        return self._value
+
+
+def take_all(futures: Sequence["Future[Made[T]]"]) -> list[T | Exception]:
+    """Wait for results and take each as it comes; return them in the order of the futures."""
+    places, found = {future: place for place, future in enumerate(futures)}, list[Any](futures)
+    for future in as_completed(places):
+        found[places[future]] = future.result().take()
+    return found
+
+
 def fetch_all(urls: Sequence[str], rule: FetchRule, use: Callable[[Fetched], T]) -> list[T | Exception]:
     """Fetch each URL and hand it to `use` in a thread; return, in order, what `use` returned or the exception.
 
     A Drop names a reason of the download step; other exceptions are those of `use`, or of no known kind.
     """
-    fetcher = Fetcher(rule, use)
+    fetcher = Fetcher[T](rule)
     try:
-        return fetcher.submit(urls).result()
+        return take_all([fetcher.submit(url, use) for url in urls])
     finally:
         fetcher.close()
 
 
 class Fetcher(Generic[T]):
-    """Serves batches of URLs from a thread with an event loop; to be closed.
+    """Fetches from a thread with an event loop; to be closed.
 
-    `use` turns what was fetched into a result, in one of as many threads as there are cores (8 at most); `weigh` tells
-    how many bytes of memory the result takes until its batch is handed out. Without `respect`, no wish is obeyed.
+    What was fetched is used in one of as many threads as there are cores (8 at most); `weigh` tells how many bytes of
+    memory a result takes until it is taken. Without `respect`, no wish is obeyed.
     """
 
     def __init__(
         self,
         rule: FetchRule,
-        use: Callable[[Fetched], T],
         weigh: Callable[[T], int] = lambda made: 0,
         place: Place | None = None,
         respect: RespectRule | None = None,
     ) -> None:
-        self._rule, self._use, self._weigh = rule, use, weigh
+        self._rule, self._weigh = rule, weigh
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="fetch", daemon=True).start()
         self._threads = ThreadPoolExecutor(min(8, cores()), "use")
@@ -123,7 +147,7 @@ class Fetcher(Generic[T]):
         self._respect, self._token = respect, re.split(r"[/\s]", rule.user_agent, maxsplit=1)[0]
         self._wishes = Wishes(respect, self._token, self._text, place.store if place else None) if respect else None
         self._memory = Memory(rule.buffer_mib << 20)
-        self._rows = 0  # ever submitted
+        self._rows = 0  # ever begun
         self._session = asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
 
     async def _open(self) -> Any:
@@ -131,11 +155,12 @@ class Fetcher(Generic[T]):
         allowed = tuple(ip_network(network) for network in rule.allow_networks)
         return open_session(allowed, rule.agent, rule.connect_timeout_s, rule.read_timeout_s)
 
-    def submit(self, urls: Sequence[str]) -> "Batch[T]":
-        """Begin to fetch; returns at once. Over the memory limit, batches go on in the order of their submission."""
-        work = _Work[T]([None] * len(urls), len(urls))
-        self._loop.call_soon_threadsafe(self._start, work, list(urls))
-        return Batch(self, work)
+    def submit(self, url: str, use: Callable[[Fetched], T]) -> "Future[Made[T]]":
+        """Begin to fetch; returns at once. `use` turns what was fetched into the result.
+
+        Over the memory limit, rows go on in the order of their submission. Cancelling gives up.
+        """
+        return asyncio.run_coroutine_threadsafe(self._row(url, use), self._loop)
 
     def close(self) -> None:
         """Give up what is under way, and end the thread."""
@@ -153,43 +178,22 @@ class Fetcher(Generic[T]):
                 self._loop.call_soon_threadsafe(self._loop.stop)
             self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def release(self, work: "_Work[T]") -> None:
-        """A batch was handed out or is not wanted any more: forget it."""
-
-        def on_loop() -> None:
-            for task in work.tasks:
-                task.cancel()
-            with suppress(ValueError):
-                self._memory.batches.remove(work)
-            self._memory.give(work.held)
-            work.held = 0
-
-        with suppress(RuntimeError):  # the loop may be closed
-            self._loop.call_soon_threadsafe(on_loop)
-
-    def _start(self, work: "_Work[T]", urls: list[str]) -> None:
-        self._memory.batches.append(work)
-        for position, url in enumerate(urls):
-            self._memory.enter(self._rows)
-            task = self._loop.create_task(self._row(work, position, self._rows, url))
-            work.tasks.add(task)
-            task.add_done_callback(work.tasks.discard)
-            self._rows += 1
-        if not urls:
-            work.done.set_result(None)
-
-    async def _row(self, work: "_Work[T]", position: int, row: int, url: str) -> None:
-        kept = 0
+    async def _row(self, url: str, use: Callable[[Fetched], T]) -> Made[T]:
+        row, kept = self._rows, 0
+        self._rows += 1
+        self._memory.enter(row)
         try:
-            work.results[position], kept = await self._persist(row, url)
-            work.left -= 1
-            work.held += kept
-            if not work.left:
-                work.done.set_result(None)
+            value, kept = await self._persist(row, url, use)
         finally:
             self._memory.leave(row, kept)
+        return Made(value, lambda: self._taken(kept))
 
-    async def _persist(self, row: int, url: str) -> tuple[T | Exception, int]:
+    def _taken(self, kept: int) -> None:
+        with suppress(RuntimeError):  # the loop may be closed
+            if kept:
+                self._loop.call_soon_threadsafe(self._memory.taken, kept)
+
+    async def _persist(self, row: int, url: str, use: Callable[[Fetched], T]) -> tuple[T | Exception, int]:
         """Fetch and use; what may pass is tried again. Returns the result and its weight."""
         result: T | Exception
         weight = 0
@@ -197,7 +201,7 @@ class Fetcher(Generic[T]):
             if attempt:
                 await asyncio.sleep(_RETRY_S * 2 ** (attempt - 1))
             try:
-                result, weight = await self._fetch(row, url)
+                result, weight = await self._fetch(row, url, use)
             except Exception as error:  # noqa: BLE001  (it is this URL's result; the guard of the step looks at it)
                 result = error
             if isinstance(result, Exception):  # its frames would keep the body in memory
@@ -207,10 +211,10 @@ class Fetcher(Generic[T]):
             self._memory.empty(row)
         return result, weight
 
-    async def _fetch(self, row: int, url: str) -> tuple[T | Exception, int]:
+    async def _fetch(self, row: int, url: str, use: Callable[[Fetched], T]) -> tuple[T | Exception, int]:
         def used(found: Fetched) -> tuple[T | Exception, int]:
             try:
-                return (made := self._use(found)), self._weigh(made)
+                return (made := use(found)), self._weigh(made)
             except Exception as error:  # noqa: BLE001  (likewise; and no future can hold a StopIteration)
                 return error, 0
 
@@ -225,7 +229,7 @@ class Fetcher(Generic[T]):
                 )
                 if isinstance(found, Fetched):
                     self._memory.landed(row)
-                    http = {**found.http, "user_agent": self._rule.agent, "robots_txt": robots}
+                    http = {**(found.http or {}), "user_agent": self._rule.agent, "robots_txt": robots}
                     return await self._loop.run_in_executor(self._threads, used, replace(found, http=http))
             target = found
         raise Drop("redirect_loop", f"more than {self._rule.max_redirects} redirects")
@@ -291,32 +295,6 @@ class Fetcher(Generic[T]):
         if self._respect:
             tags, tdm = (headers.getall(name, ()) for name in ("X-Robots-Tag", "tdm-reservation"))
             check_headers(tags, tdm, self._token, self._respect)
-
-
-class _Work(Generic[T]):
-    """What the loop knows of a batch."""
-
-    def __init__(self, results: list[Any], left: int) -> None:
-        self.results: list[T | Exception] = results
-        self.left, self.held = left, 0
-        self.tasks: set[asyncio.Task[None]] = set()
-        self.done: Future[None] = Future()
-
-
-class Batch(Generic[T]):
-    """A batch under way. One that nobody holds any more is given up."""
-
-    def __init__(self, fetcher: Fetcher[T], work: _Work[T]) -> None:
-        self._work = work
-        self._end = weakref.finalize(self, fetcher.release, work)
-        self._end.atexit = False
-
-    def result(self) -> list[T | Exception]:
-        """Wait for all rows; hand out their results, once."""
-        self._work.done.result()
-        results, self._work.results = self._work.results, []
-        self._end()
-        return results
 
 
 def cores() -> int:

@@ -5,6 +5,7 @@ renews its sign from a thread, so that a long silence means a death. Compactions
 `takedown/compaction-NNNNN.json`: each creates the next number, which only one can.
 """
 
+import functools
 import os
 import platform
 import re
@@ -123,6 +124,7 @@ def sign() -> dict[str, Any]:
     return {"machine": _machine(), "host": platform.node(), "pid": os.getpid()}
 
 
+@functools.cache
 def _machine() -> str:
     """Where a process id means something: this start of this machine, and this container of it."""
     with suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:

@@ -6,9 +6,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
-_CONNECTION = 128 << 10  # bytes that a request is counted with beside its body: a piece in hand, and one behind it
+_CONNECTION = 64 << 10  # bytes that a request is counted with beside its body: what is read at once
 
 
 _Queue = list[tuple[int, asyncio.Future[None]]]  # a heap
@@ -23,14 +22,14 @@ class Memory:
     """Bytes of bodies and of results that wait, over all rows, on one event loop. Rows are numbered in their order.
 
     Over `limit`, or while rows in flight wait, no row begins but the first unfinished one; and of those in flight
-    (which may hold what others need: a turn, a place) only the first goes on. So about the limit, the largest body and
-    the results of the first batch are held at most, and there is always one that goes on, as long as batches are taken
-    in order.
+    (which may hold what others need: a turn, a place) only the first goes on; and these only where no result waits, as
+    taking it frees memory. So about the limit and the largest body are held at most, and there is always one that goes
+    on, as long as results are taken when they are there.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit, self.held = limit, 0
-        self.batches: list[Any] = []  # not handed out, in order; `left` is how many rows of one are unfinished
+        self._waiting = 0  # of `held`, results
         self._rows: OrderedDict[int, _Row] = OrderedDict()  # unfinished
         self._flying: list[int] = []  # a heap; those that have landed are popped late
         self._outside: _Queue = []  # heaps of who waits
@@ -66,21 +65,26 @@ class Memory:
     def landed(self, row: int) -> None:
         """The row's connection is closed; its body stays."""
         state = self._rows[row]
-        self.give(state.held - state.got)
+        self._give(state.held - state.got)
         state.held = state.got
 
     def empty(self, row: int) -> None:
         """The row begins anew."""
         state = self._rows[row]
-        self.give(state.held)
+        self._give(state.held)
         state.held = state.got = 0
 
     def leave(self, row: int, kept: int) -> None:
-        """The row is finished; `kept` bytes are its result's, and come back by `give`."""
-        self.give(self._rows.pop(row).held - kept)
+        """The row is finished; `kept` bytes are its result's, until that is `taken`."""
+        self._waiting += kept
+        self._give(self._rows.pop(row).held - kept)
 
-    def give(self, size: int) -> None:
-        """So many bytes are free again."""
+    def taken(self, kept: int) -> None:
+        """A result of so many bytes does not wait any more."""
+        self._waiting -= kept
+        self._give(kept)
+
+    def _give(self, size: int) -> None:
         self.held -= size
         self._wake()
 
@@ -97,17 +101,13 @@ class Memory:
         self._rows[row].held += size
         self._wake()
 
-    def _hungry(self) -> bool:
-        """Whether the batch that is handed out next still needs rows; else memory comes free when it is taken."""
-        return bool(self.batches and self.batches[0].left)
-
     def _first(self) -> int | None:
-        return next(iter(self._rows), None) if self._hungry() else None
+        return None if self._waiting else next(iter(self._rows), None)
 
     def _first_flying(self) -> int | None:
         while self._flying and not ((state := self._rows.get(self._flying[0])) and state.flying):
             heapq.heappop(self._flying)
-        return self._flying[0] if self._flying and self._hungry() else None
+        return self._flying[0] if self._flying and not self._waiting else None
 
     def _wake(self) -> None:
         """Let the first of each queue look again."""

@@ -5,9 +5,10 @@ as soon as that is worth it. It is no authority: a table counts if the folder's 
 is believed while the listing shows it unchanged. So the file may be old, or removed at any time.
 """
 
+import bisect
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,45 +22,47 @@ from .stage import part_name
 from .store import Store, StoreFault
 
 Footer = Mapping[str, Any]
+Parts = Sequence[int] | npt.NDArray[np.int64]
 KEPT = "footers.parquet"
-_READERS = 32  # footers read at a time
-_AT_ONCE = 5000  # of them in memory as Python's objects
+_READERS, _READERS_HERE = 32, 8  # of footers at a time, of a bucket's and of a folder's
+_AT_ONCE = 200  # footers that a reader makes columns of
 _WORTH = 500  # footers, from which they are kept
 _LONG = 5000  # parts, from which a listing is asked for in pieces
-_DROPPED = pa.list_(pa.struct([("outcome", pa.string()), ("reason", pa.string()), ("rows", pa.int64())]))
 _SCHEMA = pa.schema(
     [
-        ("part", pa.int32()),
-        ("stamp", pa.string()),  # of the file, as the listing has it
+        ("part", pa.int64()),
+        ("stamp", pa.uint64()),  # of the file, as the listing has it
         ("parent", pa.uint64()),  # 16 hex digits of the content hash that the footer has
         ("content", pa.uint64()),
         ("rows", pa.int64()),
-        ("kept", pa.int64()),
-        ("dropped", _DROPPED),
-        ("size", pa.int64()),  # bytes of the table and of the files that it cites
-        ("footer", pa.string()),  # the whole of it, as JSON
+        ("bytes", pa.int64()),  # of the table and of the files that it cites
+        ("counts", pa.struct([("kept", pa.int64())])),  # and those that occur, such as `rejected too_small`
+        ("footer", pa.large_string()),  # the whole of it, as JSON; in memory, null where it is kept
     ]
 )
-_LIGHT = [name for name in _SCHEMA.names if name != "footer"]
+_LIGHT = _SCHEMA.names[:-1]
 
 
 class Footers(Mapping[int, Footer]):
-    """Footers by part, in rising order; whole ones are read only if one is asked for."""
+    """Footers by part, in rising order. They are columns in memory; whole ones are read where one is asked for."""
 
-    def __init__(self, light: pa.Table, load: Callable[[], pa.ChunkedArray], fresh: int = 0) -> None:
-        self._light, self._load = light, load
-        self.fresh = fresh  # how many are not kept yet
-        self.parts: npt.NDArray[np.int32] = light["part"].to_numpy()
+    def __init__(self, store: Store, folders: Sequence[tuple[int, str]], table: pa.Table) -> None:
+        """`folders` has the tables' folders, each with its first part; `table` the columns of _SCHEMA."""
+        self._store, self._folders, self._table = store, folders, table
+        self.parts: npt.NDArray[np.int64] = table["part"].to_numpy()
         self._place = np.full(int(self.parts.max(initial=-1)) + 1, -1, np.int32)
         self._place[self.parts] = np.arange(len(self.parts))
-        self._documents: pa.ChunkedArray | None = None
+        self._whole: pa.ChunkedArray | None = None
 
     def __getitem__(self, part: int) -> Footer:
         if part not in self:
             raise KeyError(part)
-        if self._documents is None:
-            self._documents = self._load()
-        return dict(json.loads(self._documents[int(self._place[part])].as_py()))
+        if self._whole is None:
+            self._whole = self.whole()
+        if text := self._whole[int(self._place[part])].as_py():
+            return dict(json.loads(text))
+        _, folder = self._folders[bisect.bisect(self._folders, part, key=lambda item: item[0]) - 1]
+        return self._store.footer(f"{folder}/{part_name(part)}.parquet") or {}
 
     def __contains__(self, part: object) -> bool:
         return isinstance(part, int) and 0 <= part < len(self._place) and bool(self._place[part] >= 0)
@@ -70,7 +73,12 @@ class Footers(Mapping[int, Footer]):
     def __len__(self) -> int:
         return len(self.parts)
 
-    def among(self, parts: Sequence[int] | npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+    @property
+    def fresh(self) -> int:
+        """How many are not kept yet."""
+        return len(self) - int(self._table["footer"].null_count)
+
+    def among(self, parts: Parts) -> npt.NDArray[np.bool_]:
         """For each of the parts whether it is here."""
         asked = np.asarray(parts, np.int64)
         inside = asked < len(self._place)
@@ -79,135 +87,123 @@ class Footers(Mapping[int, Footer]):
 
     def only(self, wanted: npt.NDArray[np.bool_]) -> "Footers":
         """Those where `wanted`, one for each footer, is true."""
-        mask = pa.array(wanted)
-        return Footers(self._light.filter(mask), lambda: self._load().filter(mask))
+        return Footers(self._store, self._folders, self._table.filter(pa.array(wanted)))
 
     def children_of(self, parents: "Footers") -> "Footers":
         """Those of tables that were made from the tables of `parents`."""
         fits = parents.among(self.parts)
         places = parents._place[self.parts[fits]]
-        fits[fits] = parents._light["content"].to_numpy()[places] == self._light["parent"].to_numpy()[fits]
+        fits[fits] = parents._table["content"].to_numpy()[places] == self._table["parent"].to_numpy()[fits]
         return self if fits.all() else self.only(fits)
 
-    def total(self, parts: Sequence[int]) -> dict[str, Any]:
+    def total(self, parts: Parts) -> dict[str, Any]:
         """What a footer says of its rows, added up over those of the parts that are here; also `parts` and `bytes`."""
-        mine = self._light.take(self._place[np.asarray(parts, np.int64)[self.among(parts)]])
-        counts: dict[str, Any] = {"kept": pc.sum(mine["kept"]).as_py() or 0, "rejected": {}, "failed": {}}
-        dropped = pa.Table.from_struct_array(mine["dropped"].combine_chunks().flatten())
-        for row in dropped.group_by(["outcome", "reason"]).aggregate([("rows", "sum")]).to_pylist():
-            counts[row["outcome"]][row["reason"]] = row["rows_sum"]
-        rows, size = (pc.sum(mine[name]).as_py() or 0 for name in ("rows", "size"))
+        places = self._place[np.asarray(parts, np.int64)[self.among(parts)]]
+        mine = self._table.select(["rows", "bytes", "counts"]).take(places)
+        counts: dict[str, Any] = {"kept": 0, "rejected": {}, "failed": {}}
+        for field in mine["counts"].type:
+            outcome, _, reason = field.name.partition(" ")
+            if rows := pc.sum(pc.struct_field(mine["counts"], field.name)).as_py():
+                counts |= {outcome: counts[outcome] | {reason: rows} if reason else rows}
+        rows, size = (pc.sum(mine[name]).as_py() or 0 for name in ("rows", "bytes"))
         return {"parts": len(mine), "rows": rows, "counts": counts, "bytes": size}
 
-    def whole(self) -> pa.Table:
-        """All there is to keep."""
-        return self._light.append_column("footer", self._load()).cast(_SCHEMA)
+    def whole(self) -> pa.ChunkedArray:
+        """Each footer as JSON; null for one that was kept, and is not any more as another run keeps others."""
+        firsts = [first for first, _ in self._folders]
+        bounds = [*np.searchsorted(self.parts, firsts).tolist(), len(self)]
+        chunks: list[pa.Array] = []
+        for (_, folder), start, end in zip(self._folders, bounds[:-1], bounds[1:], strict=True):
+            mine = self._table.slice(start, end - start)
+            footers = mine["footer"]
+            if footers.null_count:
+                kept = _kept(self._store, folder, ["part", "stamp", "footer"])
+                footers = pc.coalesce(footers, kept["footer"].take(_places(kept, mine)))
+            chunks += footers.chunks
+        return pa.chunked_array(chunks, pa.large_string())
+
+    def keep(self) -> "Footers":
+        """Keep the footers of one folder for the next look, if enough of them had to be read; return the same."""
+        if self.fresh < _WORTH:
+            return self
+        [(_, folder)], at, sink = self._folders, len(_LIGHT), io.BytesIO()
+        pq.write_table(self._table.set_column(at, "footer", self.whole()), sink, compression="zstd")
+        self._store.replace(f"{folder}/{KEPT}", sink.getvalue())
+        return Footers(self._store, self._folders, _unread(self._table.select(_LIGHT)))
 
 
-def look(store: Store, folder: str, parts: Sequence[int] | npt.NDArray[np.int32]) -> Footers:
+def look(store: Store, folder: str, parts: Parts) -> Footers:
     """The footers of those of the parts whose tables are in the folder. Raises StoreFault for one that is damaged."""
     if not len(parts):
-        return Footers(_SCHEMA.empty_table(), lambda: pa.chunked_array([], pa.string()))
-    stems = sorted({part_name(part)[:7] for part in parts}) if len(parts) >= _LONG else ["part-"]
-    asked = np.zeros(int(np.max(parts)) + 1, np.bool_)
-    asked[np.asarray(parts)] = True
-    there = [(int(n[5:-8]), stamp, size) for n, stamp, size in store.stamps(folder, stems) if n[5:-8].isdigit()]
-    there = sorted(item for item in there if item[0] < len(asked) and asked[item[0]])
-    kept = _kept(store, folder) if len(there) >= _WORTH else None
-    light = _SCHEMA.empty_table().select(_LIGHT) if kept is None else kept
-    place = np.full(len(asked), -1, np.int64)
-    inside = light["part"].to_numpy() < len(asked)
-    place[light["part"].to_numpy()[inside]] = np.flatnonzero(inside)
-    at = place[np.fromiter((part for part, _, _ in there), np.int64, len(there))]
-    mine = light["stamp"].take(pa.array(at, mask=at < 0))
-    same = pc.equal(mine, pa.array([stamp for _, stamp, _ in there], pa.string())).fill_null(False).to_numpy()
-    if len(light) == len(there) and same.all():
-        return Footers(light, lambda: _documents(store, folder, light))
-    fresh = _read(store, folder, [about for about, known in zip(there, same.tolist(), strict=True) if not known])
-    places = pa.array(at[same])
-    both = pa.concat_tables([light.take(places), fresh.select(_LIGHT)])
-    order = pc.sort_indices(both, [("part", "ascending")])
-
-    def load() -> pa.ChunkedArray:
-        before = _documents(store, folder, light).take(places).chunks if len(places) else []
-        return pa.chunked_array([*before, *fresh["footer"].chunks], pa.string()).take(order)
-
-    return Footers(both.take(order), load, len(fresh))
+        return Footers(store, [(0, folder)], _NOTHING)
+    asked = np.asarray(parts, np.int64)
+    stems = {part_name(part)[:7] for part in (np.unique(asked // 1000) * 1000).tolist()}
+    there = store.stamps(folder, sorted(stems) if len(asked) >= _LONG else ["part-"])
+    there = there.filter(pa.array(np.isin(there["part"].to_numpy(), asked)))
+    kept = _kept(store, folder, _LIGHT) if len(there) >= _WORTH else _NOTHING.select(_LIGHT)
+    places = _places(kept, there)
+    table = _unread(kept.take(places.drop_null()))
+    if places.null_count:
+        fresh = _read(store, folder, there.filter(pc.is_null(places)))
+        table = pa.concat_tables([table, *fresh], promote_options="permissive")
+    return Footers(store, [(0, folder)], table.sort_by("part") if len(kept) else table)
 
 
-def together(pieces: Sequence[Footers]) -> Footers:
-    """The footers of several folders with rising parts, as one."""
-    if len(pieces) == 1:
-        return pieces[0]
-    light = pa.concat_tables([_SCHEMA.empty_table().select(_LIGHT), *(piece._light for piece in pieces)])
-    return Footers(light, lambda: pa.chunked_array([c for piece in pieces for c in piece._load().chunks], pa.string()))
+def together(store: Store, pieces: Mapping[int, Footers]) -> Footers:
+    """The footers of several folders with rising parts, each by its first part, as one."""
+    folders = [(first, folder) for first, piece in pieces.items() for _, folder in piece._folders]
+    tables = [_NOTHING, *(piece._table for piece in pieces.values())]
+    return Footers(store, folders, pa.concat_tables(tables, promote_options="permissive"))
 
 
-def keep(store: Store, folder: str, found: Footers) -> Footers:
-    """Keep the footers of a folder's tables for the next look, if enough of them had to be read; return the same."""
-    if found.fresh < _WORTH:
-        return found
-    sink, whole = io.BytesIO(), found.whole()
-    pq.write_table(whole, sink, compression="zstd")
-    store.replace(f"{folder}/{KEPT}", sink.getvalue())
-    light = whole.select(_LIGHT)
-    return Footers(light, lambda: _documents(store, folder, light))
+_NOTHING = _SCHEMA.empty_table()
 
 
-def _kept(store: Store, folder: str) -> pa.Table | None:
+def _kept(store: Store, folder: str, names: Sequence[str]) -> pa.Table:
+    """These columns of what is kept, all of which this version wrote, or nothing."""
     try:
-        return store.read_table(f"{folder}/{KEPT}", _LIGHT).cast(pa.schema([_SCHEMA.field(name) for name in _LIGHT]))
-    except (
-        FileNotFoundError,
-        StoreFault,
-        KeyError,
-        ValueError,
-        pa.ArrowException,
-    ):  # none, or none that this version wrote
-        return None
+        kept = store.read_table(f"{folder}/{KEPT}", names).select(names)
+    except (FileNotFoundError, StoreFault, KeyError):
+        return _NOTHING.select(names)
+    fits = all(kept[name].type == _SCHEMA.field(name).type for name in names if name != "counts")
+    return kept if fits else _NOTHING.select(names)
 
 
-def _documents(store: Store, folder: str, light: pa.Table) -> pa.ChunkedArray:
-    """The whole footers of these tables, as kept; where another run has written anew what was kept, as they are."""
-    try:
-        kept = store.read_table(f"{folder}/{KEPT}", ["part", "stamp", "footer"])
-    except FileNotFoundError:
-        kept = _SCHEMA.empty_table().select(["part", "stamp", "footer"])
-    if kept["part"].equals(light["part"]) and kept["stamp"].equals(light["stamp"]):
-        return kept["footer"]
-    names, stamps = (table.select(["part", "stamp"]).to_pylist() for table in (kept, light))
-    place = {(row["part"], row["stamp"]): i for i, row in enumerate(names)}
-    found = []
-    for row in stamps:
-        at = place.get((row["part"], row["stamp"]))
-        footer = None if at is not None else store.footer(f"{folder}/{part_name(row['part'])}.parquet")
-        found.append(kept["footer"][at].as_py() if at is not None else _json(footer or {}))
-    return pa.chunked_array([found], pa.string())
+def _unread(light: pa.Table) -> pa.Table:
+    return light.append_column("footer", pa.nulls(len(light), pa.large_string()))
 
 
-def _json(footer: Footer) -> str:
-    return json.dumps(footer, ensure_ascii=False, sort_keys=True)
+def _places(kept: pa.Table, asked: pa.Table) -> pa.ChunkedArray:
+    """For each table asked for its row in what is kept; null where that is not there, or of another stamp."""
+    at = pc.index_in(asked["part"], kept["part"])
+    return pc.if_else(pc.equal(kept["stamp"].take(at), asked["stamp"]), at, None)
 
 
-def _read(store: Store, folder: str, wanted: Sequence[tuple[int, str, int]]) -> pa.Table:
-    """The footers of parts (number, stamp and size of the table); a table that is gone meanwhile is left out."""
-    tables = [_SCHEMA.empty_table()]
-    with ThreadPoolExecutor(_READERS) as pool:
-        for start in range(0, len(wanted), _AT_ONCE):
-            some = wanted[start : start + _AT_ONCE]
-            footers = pool.map(lambda about: store.footer(f"{folder}/{part_name(about[0])}.parquet"), some)
-            rows = [_row(*about, footer) for about, footer in zip(some, footers, strict=True) if footer]
-            tables.append(pa.Table.from_pylist(rows, _SCHEMA))
-    return pa.concat_tables(tables)
+def _read(store: Store, folder: str, wanted: pa.Table) -> Iterator[pa.Table]:
+    """The footers of tables by part, stamp and size; a table that is gone meanwhile is left out."""
+
+    def read(start: int) -> pa.Table:
+        rows = [
+            _row(**about, footer=footer)
+            for about in wanted.slice(start, step).to_pylist()
+            if (footer := store.footer(f"{folder}/{part_name(about['part'])}.parquet"))
+        ]
+        types = {field.name: None if field.name == "counts" else field.type for field in _SCHEMA}
+        return pa.table({name: pa.array([row[name] for row in rows], kind) for name, kind in types.items()})
+
+    readers = _READERS_HERE if store.local else _READERS
+    step = min(_AT_ONCE, len(wanted) // readers + 1)
+    with ThreadPoolExecutor(readers) as pool:
+        yield from pool.map(read, range(0, len(wanted), step))
 
 
-def _row(part: int, stamp: str, size: int, footer: dict[str, Any]) -> dict[str, Any]:
+def _row(part: int, stamp: int, size: int, footer: dict[str, Any]) -> dict[str, Any]:
     counts = footer.get("counts", {})
-    dropped = [
-        {"outcome": outcome, "reason": reason, "rows": rows}
+    dropped = {
+        f"{outcome} {reason}": rows
         for outcome in ("rejected", "failed")
         for reason, rows in counts.get(outcome, {}).items()
-    ]
+    }
     files = [footer.get("tar", {}), *footer.get("shards", ())]
     return {
         "part": part,
@@ -215,8 +211,7 @@ def _row(part: int, stamp: str, size: int, footer: dict[str, Any]) -> dict[str, 
         "parent": int(footer.get("parent", "0")[:16], 16),
         "content": int(footer["content"][:16], 16),
         "rows": footer["rows"],
-        "kept": counts.get("kept", footer["rows"]),
-        "dropped": dropped,
-        "size": size + sum(file.get("bytes", 0) for file in files),
-        "footer": _json(footer),
+        "bytes": size + sum(file.get("bytes", 0) for file in files),
+        "counts": {"kept": counts.get("kept", footer["rows"]), **dropped},
+        "footer": json.dumps(footer, ensure_ascii=False, sort_keys=True),
     }

@@ -11,8 +11,9 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import UTC, datetime
 from ipaddress import ip_network
 from typing import Generic, TypeVar
 from urllib.parse import urlsplit
@@ -20,7 +21,7 @@ from urllib.parse import urlsplit
 from ..models.contract import ModelError
 from ..transforms.outcomes import Drop
 from .connect import is_blocked
-from .fetch import FetchRule, cores
+from .fetch import FetchRule, Made, cores
 from .request import Fetched, parse, printable
 from .respect import RespectRule, check_domain
 
@@ -46,12 +47,12 @@ _KNOWN = (  # the first that is found in what it says
 
 
 class Peer(Generic[T]):
-    """Serves batches of URLs as `Fetcher` does, from threads; `use` is called in as many at a time as there are cores.
+    """Fetches as `Fetcher` does, from threads; what was fetched is used in as many at a time as there are cores.
 
     Raises ModelError where img2dataset is not installed.
     """
 
-    def __init__(self, rule: FetchRule, use: Callable[[Fetched], T], respect: RespectRule) -> None:
+    def __init__(self, rule: FetchRule, respect: RespectRule) -> None:
         os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # a library of its would call home
         try:
             from img2dataset.downloader import download_image_with_retry
@@ -60,32 +61,35 @@ class Peer(Generic[T]):
                 f"steps.download.backend: img2dataset cannot be imported ({error}); pip install 'vesl[img2dataset]'"
             ) from None
         self._fetch = download_image_with_retry
-        self._rule, self._use, self._respect = rule, use, respect
+        self._rule, self._respect = rule, respect
         self._token = re.split(r"[/\s]", rule.user_agent, maxsplit=1)[0].lower()
         self._networks = tuple(ip_network(network) for network in rule.allow_networks)
         self._threads = ThreadPoolExecutor(min(rule.concurrency, _THREADS), "img2dataset")
         self._cores = threading.Semaphore(min(8, cores()))
 
-    def submit(self, urls: Sequence[str]) -> "UnderWay[T]":
-        """Begin to fetch; returns at once."""
-        return UnderWay([self._threads.submit(self._row, url) for url in urls])
+    def submit(self, url: str, use: Callable[[Fetched], T]) -> Future[Made[T]]:
+        """Begin to fetch; returns at once. `use` turns what was fetched into the result."""
+        return self._threads.submit(self._row, url, use)
 
     def close(self) -> None:
         """Give up what has not begun."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _row(self, url: str) -> T | Exception:
+    def _row(self, url: str, use: Callable[[Fetched], T]) -> Made[T]:
+        made: T | Exception
         try:
-            return self._used(url)
+            made = self._used(url, use)
         except Exception as error:  # noqa: BLE001  (it is this URL's result; the guard of the step looks at it)
             error.__traceback__ = error.__context__ = error.__cause__ = None  # its frames would keep the body in memory
-            return error
+            made = error
+        return Made(made, lambda: None)
 
-    def _used(self, url: str) -> T:
+    def _used(self, url: str, use: Callable[[Fetched], T]) -> T:
         target = parse(url)
         self._look(target)
         tags = set(self._respect.robots_tags)
         _, stream, said = self._fetch((0, target), self._rule.read_timeout_s, self._rule.retries, self._token, tags)
+        at = datetime.now(UTC)
         if stream is None:
             raise reason_of_text(said or "")
         body = stream.getvalue()
@@ -94,7 +98,7 @@ class Peer(Generic[T]):
         if len(body) > self._rule.max_bytes:
             raise Drop("too_large", f"{len(body)} bytes")
         with self._cores:
-            return self._use(Fetched(body, target, ""))
+            return use(Fetched(body, at=at))
 
     def _look(self, url: str) -> None:
         parts = urlsplit(url)
@@ -109,22 +113,6 @@ class Peer(Generic[T]):
         for *_, address in found:
             if is_blocked(str(address[0]), self._networks):
                 raise Drop("blocked_address", str(address[0]))
-
-
-class UnderWay(Generic[T]):
-    """A batch under way. One that nobody holds any more is given up."""
-
-    def __init__(self, futures: list["Future[T | Exception]"]) -> None:
-        self._futures = futures
-
-    def result(self) -> list[T | Exception]:
-        """Wait for all rows; hand out their results, once."""
-        futures, self._futures = self._futures, []
-        return [future.result() for future in futures]
-
-    def __del__(self) -> None:
-        for future in self._futures:
-            future.cancel()
 
 
 def reason_of_text(said: str) -> Drop:

@@ -13,7 +13,7 @@ from ..transforms import urls
 from . import dedup
 from .ingest import input_tables, read_dataset
 from .journal import newest
-from .parts import Footers, keep, look, together
+from .parts import Footers, Parts, look, together
 from .recipe import Recipe, RecipeError, Steps, only_parts
 from .stage import Stage, Step, fingerprint
 from .store import FORMAT, Store
@@ -47,19 +47,25 @@ class Plan:
 
     def missing(self, step: Step) -> tuple[int, ...]:
         """The parts that a step has to do, in order."""
-        there = self.done[step.name].among(self.parts).tolist()
-        return tuple(part for part, done in zip(self.parts, there, strict=True) if not done)
+        return self._where(~self._done(step))
 
     def without(self) -> tuple[int, ...]:
         """The parts that an adopted result does not have, so that nothing can be done for them."""
-        adopted = [self.done[step.name] for step in self.steps if step.adopted]
-        return tuple(part for part in self.parts if not all(part in there for there in adopted))
+        return self._where(~self._done(*(step for step in self.steps if step.adopted)))
 
     def todo(self) -> tuple[int, ...]:
         """The parts for which any step has something to do."""
-        blocked = set(self.without())
-        missing = {part for step in self.steps for part in self.missing(step)}
-        return tuple(part for part in self.parts if part in missing and part not in blocked)
+        return self._where(~self._done(*self.steps) & self._done(*(step for step in self.steps if step.adopted)))
+
+    def _done(self, *steps: Step) -> npt.NDArray[np.bool_]:
+        """For each part whether all these steps are done."""
+        there = np.ones(len(self.parts), np.bool_)
+        for step in steps:
+            there &= self.done[step.name].among(self.parts)
+        return there
+
+    def _where(self, wanted: npt.NDArray[np.bool_]) -> tuple[int, ...]:
+        return tuple(np.asarray(self.parts, np.int64)[wanted].tolist())
 
     def to_compare(self) -> list[int]:
         """The parts whose images dedup compares with each other."""
@@ -96,12 +102,13 @@ def make_plan(recipe: Recipe, until: str | None = None, write: bool = False) -> 
         if until not in known:
             raise RecipeError(f"--until {until}: the recipe has no such step; it has {', '.join(known)}")
         steps = steps[: known.index(until) + 1]
-    tables = input_tables(dataset) if dataset else []
-    parts = only_parts(recipe, len(tables))
-    if parts is not None and tables and not parts:
-        raise RecipeError(f"dataset.only_parts: {recipe.dataset.only_parts!r} names none of the {len(tables)} parts")
-    chosen = tuple(range(len(tables)) if parts is None else parts)
-    inputs, done = _there(store, tables, steps, chosen, write)
+    ingests = dataset["ingests"] if dataset else []
+    count = sum(ingest["parts"] for ingest in ingests)
+    parts = only_parts(recipe, count)
+    if parts is not None and count and not parts:
+        raise RecipeError(f"dataset.only_parts: {recipe.dataset.only_parts!r} names none of the {count} parts")
+    chosen = tuple(range(count) if parts is None else parts)
+    inputs, done = _there(store, ingests, steps, chosen, write)
     compaction = number if journal["state"] == "done" else None
     return Plan(recipe, store, dataset, steps, chosen, inputs, done, compaction)
 
@@ -112,18 +119,16 @@ def _to_compare(download: Step, chosen: tuple[int, ...], there: Footers) -> list
 
 
 def _there(
-    store: Store, tables: list[str], steps: tuple[Step, ...], chosen: tuple[int, ...], write: bool
+    store: Store, ingests: Sequence[Mapping[str, Any]], steps: tuple[Step, ...], chosen: tuple[int, ...], write: bool
 ) -> tuple[Footers, dict[str, Footers]]:
     """The footers of the input tables, and by step those of the tables that were made from a parent that is there."""
 
-    def ask(folder: str, parts: Sequence[int] | npt.NDArray[np.int32]) -> Footers:
+    def ask(folder: str, parts: Parts) -> Footers:
         found = look(store, folder, parts)
-        return keep(store, folder, found) if write else found
+        return found.keep() if write else found
 
-    folders: dict[str, list[int]] = {}
-    for part, name in enumerate(tables):
-        folders.setdefault(name.rpartition("/")[0], []).append(part)
-    inputs = together([ask(folder, parts) for folder, parts in folders.items()])
+    spans = {i["first"]: (f"input/{i['id']}", i["first"] + i["parts"]) for i in ingests if i["parts"]}
+    inputs = together(store, {first: ask(folder, range(first, end)) for first, (folder, end) in spans.items()})
     done: dict[str, Footers] = {}
     parent = inputs
     for step in steps:

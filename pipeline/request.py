@@ -6,6 +6,7 @@ import ssl
 import zlib
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from ..transforms.outcomes import Drop
@@ -30,12 +31,17 @@ _STORED = {  # header -> column of the `http` struct
 
 @dataclass(frozen=True)
 class Fetched:
-    """A body of at least one byte. `final_url` is after redirects; `content_type` is what the server claims."""
+    """A body of at least one byte, and what is known of its way here.
+
+    `final_url` is after redirects; `content_type` is what the server claims; `at` is when the answer's headers were
+    there, by this machine's clock.
+    """
 
     body: bytes
-    final_url: str
-    content_type: str
-    http: dict[str, str | None] = field(default_factory=dict, compare=False)  # what else was asked and answered
+    final_url: str | None = None
+    content_type: str | None = None
+    http: dict[str, str | None] | None = field(default=None, compare=False)  # what else was asked and answered
+    at: datetime | None = field(default=None, compare=False)
 
 
 class RefusedError(Drop):
@@ -63,6 +69,7 @@ async def ask(
     from yarl import URL
 
     response = await _get(session, URL(url, encoded=True), {} if keep_open else _CLOSE)
+    at = datetime.now(UTC)
     try:
         location = response.headers.get("Location")
         if response.status in (301, 302, 303, 307, 308) and location:
@@ -75,7 +82,7 @@ async def ask(
             name: ", ".join(map(printable, response.headers.getall(header, ()))) or None
             for header, name in _STORED.items()
         }
-        return Fetched(body, url, printable(response.headers.get("Content-Type", "")), http)
+        return Fetched(body, url, printable(response.headers.get("Content-Type", "")), http, at)
     finally:
         response.close()
 
@@ -125,23 +132,24 @@ async def _read(response: "aiohttp.ClientResponse", max_bytes: int, take: Callab
         raise Drop("bad_response", printable(f"Content-Encoding {encoding}"))
     if (response.content_length or 0) > max_bytes:
         raise Drop("too_large", f"Content-Length {response.content_length}")
-    body, inflate = bytearray(), None
+    pieces, size, inflate = list[bytes](), 0, None
     async for chunk in response.content.iter_any():
         if inflate is None and encoding not in ("", "identity"):  # some servers send deflate without its header
             bare = encoding == "deflate" and chunk[0] & 15 != zlib.DEFLATED
             inflate = zlib.decompressobj(-zlib.MAX_WBITS if bare else zlib.MAX_WBITS | 32)
         for piece in _inflated(inflate, chunk) if inflate else (chunk,):
             await take(len(piece))
-            body += piece
-            if len(body) > max_bytes:
+            pieces.append(piece)
+            size += len(piece)
+            if size > max_bytes:
                 raise Drop("too_large", f"more than {max_bytes} bytes")
         if inflate and inflate.eof:
             break
     if inflate and not inflate.eof:
         raise Drop("bad_response", "the compressed body ends early")
-    if not body:
+    if not size:
         raise Drop("empty")
-    return bytes(body)
+    return b"".join(pieces)
 
 
 def _inflated(inflate: "zlib._Decompress", data: bytes) -> Iterator[bytes]:

@@ -23,14 +23,14 @@ from .engines import Engine, Event, Listener
 from .hosts import network_hint
 from .ingest import ingest
 from .journal import beating, compacting, newest, sign
+from .listing import part_of
 from .plan import Plan, chain, make_plan, provenance
 from .progress import Display, Tally
 from .recipe import Recipe
 from .retry import retry
-from .stage import part_name
-from .store import Store, StoreError, to_json
+from .store import Store, StoreError, to_json, wip
 from .takedown import obeyed
-from .work import Job
+from .work import FILES, Job, tidy
 
 _RECORD_EVERY_S = 5.0
 _SAY_EVERY_S = 5.0  # of the pass that compares all images
@@ -39,6 +39,7 @@ _INGEST_MORE = ("no_image", "bad_hash")  # of archives, and of lists with hashes
 _JUDGED_FROM = 100  # rows of a step before its failures may end a run early
 _EXAMPLES_FROM = 20  # parts that are searched for a row to show
 _KEEP_EVERY = 5000  # parts' steps done, after which footers are kept
+_KEEP_REST = 20  # times as long as that took, before it is done again: a bucket's listings take minutes
 
 
 class OverLimitError(Exception):
@@ -209,16 +210,23 @@ def carry(engine: Engine) -> Callable[[Job, Sequence[int], Engine, Listener], No
 
 
 def _sweep(plan: Plan) -> None:
-    """Remove what killed runs left beside finished files; what is unfinished is swept when its part is done."""
-    finished = {step.folder: {part_name(part) for part in plan.done[step.name]} | {"index"} for step in plan.steps}
-    finished[""] = {"dataset"}
-    with ThreadPoolExecutor(len(finished)) as pool:  # a bucket's listings take long
-        listed = list(pool.map(plan.store.names, finished))
-    for (folder, stems), names in zip(finished.items(), listed, strict=True):
+    """Remove what killed runs left beside finished files. Tars beside no table are noted for who does that part."""
+    store, steps = plan.store, {step.folder: step for step in plan.steps if not step.adopted}
+    with ThreadPoolExecutor(len(plan.steps) + 1) as pool:  # a bucket's listings take long
+        listed = dict(zip(["", *steps], pool.map(store.names, ["", *steps]), strict=True))
+    if "dataset.wip" in listed.pop(""):
+        store.sweep("dataset")
+    for folder, names in listed.items():
+        step, done = steps[folder], plan.done[steps[folder].name]
         for name in names:
-            stem = name.removesuffix(".wip")
-            if stem != name and stem in stems:
-                plan.store.sweep(f"{folder}/{stem}" if folder else stem)
+            if name == "index.wip":
+                store.sweep(f"{folder}/index")
+            elif (part := part_of(name)) is None or part not in plan.inputs:
+                continue
+            elif name.endswith(".wip") and part in done:
+                tidy(store, step, part, done[part])
+            elif name.endswith(".tar") and part not in done:
+                store.claim(f"{wip(step.table(part))}/{FILES}", b"")
 
 
 def check_limit(plan: Plan, tally: Tally, step: str, part: int | None = None) -> None:
@@ -300,7 +308,7 @@ class Record:
         self._chunks, self._last = 0, 0.0
         self._document: dict[str, Any] = {}
         self._writing, self._beats = Lock(), beating(self._beat)
-        self._plan, self._unkept, self._keeper = plan, 0, Thread()
+        self._plan, self._unkept, self._keeper, self._resting = plan, 0, Thread(), 0.0
 
     def __enter__(self) -> "Record":
         self._write("running")
@@ -323,7 +331,7 @@ class Record:
         if time.monotonic() - self._last > _RECORD_EVERY_S:
             self._write("running")
         self._unkept += event.kind == "done" and event.fresh
-        if self._unkept >= _KEEP_EVERY and not self._keeper.is_alive():
+        if self._unkept >= _KEEP_EVERY and time.monotonic() > self._resting and not self._keeper.is_alive():
             self._unkept, self._keeper = 0, Thread(target=self._keep, daemon=True, name="vesl-keep")
             self._keeper.start()
         if len(self._events) >= 1000:
@@ -348,8 +356,10 @@ class Record:
 
     def _keep(self) -> None:
         """So that `vesl plan` and `vesl status` need not read the footers of all that a long run has done."""
+        begun = time.monotonic()
         with suppress(OSError, StoreError):
             make_plan(self._plan.recipe, self._plan.steps[-1].name, write=True)
+        self._resting = time.monotonic() + _KEEP_REST * (time.monotonic() - begun)
 
     def _flush(self) -> None:
         if self._events:

@@ -111,7 +111,9 @@ def _found(step: str, history: dict[str, Any]) -> list[tuple[str, Any]]:
     if step == "download":
         source = f"{history['source_width']}x{history['source_height']} {history['source_format']}"
         stored = f"{history['width']}x{history['height']} JPEG, {history['size']:,} bytes"
-        return [("image", f"{source} -> {stored}, sha256 {history['sha256'][:16]}")]
+        image: list[tuple[str, Any]] = [("image", f"{source} -> {stored}, sha256 {history['sha256'][:16]}")]
+        at = history["fetched_at"]
+        return image + ([("fetched", f"{at:%Y-%m-%d %H:%M:%S} UTC")] if at else [])
     if step == "caption":
         written: list[tuple[str, Any]] = [(c["model"], c["text"]) for c in history["captions"]]
         for note in history["caption_notes"] or ():

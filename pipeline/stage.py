@@ -8,6 +8,7 @@ change that result.
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -34,6 +35,19 @@ class InTwo:
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Do both."""
         return self.finish(batch, self.prepare(batch))
+
+
+class ByRow(InTwo):
+    """A function in two moments that begins with each row by itself, so that a slow one holds up no other.
+
+    `begin` gets the columns of a row; `finish` gets what it returned for the rows of a batch, in any order of the part.
+    """
+
+    def __init__(
+        self, begin: Callable[[dict[str, Any]], Future[Any]], finish: Callable[[pa.Table, list[Future[Any]]], pa.Table]
+    ) -> None:
+        super().__init__(lambda batch: [begin(row) for row in batch.to_pylist()], finish)
+        self.begin = begin
 
 
 class Stage(Protocol):
@@ -80,18 +94,18 @@ class Placed(Protocol):
 
 
 class Sink(Protocol):
-    """Takes the files' bytes out of a step's batches, in order, so that its table keeps only where they lie."""
+    """Takes the files' bytes out of a step's batches as they come, so that its table keeps only where they lie."""
 
     def add(self, batch: pa.Table) -> pa.Table:
-        """Store the batch's blobs; return the columns of the step's table."""
+        """Keep the batch's blobs; return the columns of the step's table."""
         ...
 
     def blobs(self, rows: pa.Table) -> pa.Table | None:
         """The inverse of `add` for rows that it returned, to save unfinished work; None where that is not worth it."""
         ...
 
-    def close(self) -> dict[str, Any]:
-        """Publish the files; return what the table's footer says of them."""
+    def close(self, rows: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
+        """Publish the files of all `rows`, in their order; return the step's table and what its footer says of them."""
         ...
 
     def abort(self) -> None:

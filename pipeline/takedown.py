@@ -10,15 +10,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..transforms.outcomes import Drop
 from ..transforms.takedown import Takedown
 from .listing import input_files, part_of, results, tables
-from .stage import Function, InTwo, Stage, answer
 from .store import Store, StoreError
 
 if TYPE_CHECKING:
@@ -95,28 +93,6 @@ def match(rows: pa.Table, takedown: Takedown) -> pa.Array:
         urls=[rows[name].combine_chunks() for name in ("url", "final_url") if name in rows.column_names],
         hashes=[rows[name].combine_chunks() for name in ("sha256", "source_sha256") if name in rows.column_names],
     )
-
-
-def obeying(function: Function, stage: Stage, takedown: Takedown) -> Function:
-    """A stage's function that never sees the rows that lists name: they are rejected as `taken_down`."""
-
-    def others(batch: pa.Table) -> pa.Table:
-        return batch.filter(pc.invert(match(batch, takedown)))
-
-    def prepare(batch: pa.Table) -> Any:
-        rows = others(batch)
-        return function.prepare(rows) if isinstance(function, InTwo) and len(rows) else None
-
-    def finish(batch: pa.Table, prepared: Any) -> pa.Table:
-        rows, gone = others(batch), batch.filter(match(batch, takedown))
-        dropped = answer(gone, stage.name, [Drop("taken_down")] * len(gone), stage.emits)
-        if not len(rows):
-            return dropped
-        result = function.finish(rows, prepared) if isinstance(function, InTwo) else function(rows)
-        whole = pa.concat_tables([result, dropped])
-        return whole.take(pc.index_in(batch["key"], whole["key"]))
-
-    return InTwo(prepare, finish) if isinstance(function, InTwo) else lambda batch: finish(batch, None)
 
 
 def add(store: Store, path: str) -> tuple[str, bool]:

@@ -1,15 +1,19 @@
 """One part through one step, on whatever machine: read what came in, run the guarded stage, save, publish.
 
-Every engine calls `run_part`; nothing else in the project computes a result. Rows go through in their stored order, so
-that what is unfinished is always a prefix of the part: it is saved now and then, and any later attempt goes on from it.
+Every engine calls `run_part`; nothing else in the project computes a result. Rows go through in their stored order, but
+where a function takes them one by one, as soon as each is done. What is done of an unfinished part is saved now and
+then, and any later attempt goes on from it.
 """
 
+import math
 import time
-from collections import deque
+import uuid
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import pyarrow as pa
@@ -20,12 +24,15 @@ from ..transforms.outcomes import Drop
 from ..transforms.records import ADDS, INPUT, INPUT_MORE, step_schema
 from .guard import guarded
 from .leases import lease
-from .stage import Function, InTwo, Place, Placed, Sink, Stage, Step, WithFiles, answer, part_name
-from .store import Store, encode_table, wip
-from .takedown import NAMED_BY, obeyed, obeying
+from .stage import ByRow, Function, InTwo, Place, Placed, Sink, Stage, Step, WithFiles, answer, part_name
+from .store import Store, encode_piece, encode_table, footer_of, wip
+from .takedown import NAMED_BY, match, obeyed
 
 _AHEAD = 2  # batches read while the model is busy
-_PIECE_BYTES = 8 << 20  # of blobs in one saved piece; encoding takes a few times as much memory
+FILES = "files"  # in a wip folder: an attempt may have published files beside the table
+_GATHER_S = 0.2  # for rows that are done one by one, to make a batch
+_SAVE_S, _SAVE_SHARE = 1.0, 0.02  # between two saves, at least; of that time, what the quickest save took, at most
+_PIECE_BYTES = 4 << 20  # of blobs in one saved piece; encoding takes a few times as much memory
 
 
 @dataclass(frozen=True)
@@ -63,36 +70,39 @@ class Incoming:
 def incoming(store: Store, job: Job, index: int, part: int, wanted: tuple[str, ...]) -> Incoming:
     """Join the wanted columns of all earlier steps for the rows that reached step `index`.
 
-    A step's table has the rows that its parent kept, in the same order: so joining is filtering, checked by key. Raises
-    FileNotFoundError where an earlier step is not done, StaleError where tables do not fit.
+    A step's table has the rows that its parent kept, in the same order: so joining is filtering, checked by key. What
+    lies before the first wanted column is not read: the rows are those of any later table. Raises FileNotFoundError
+    where an earlier step is not done, StaleError where tables do not fit.
     """
-    columns = [name for name in wanted if name not in ("image", "select")]
-    columns += ["offset", "size"] if "image" in wanted else []
-    mine = [f for f in (*INPUT, *INPUT_MORE) if f.name in columns]
-    rows, footer = store.read_whole(job.inputs[part], ["key", *(f.name for f in mine)])
-    for f in mine:
-        if f.name not in rows.column_names:  # of those that only some input tables have
-            rows = rows.append_column(f, pa.nulls(len(rows), f.type))
-    tar = None
-    for step in job.steps[:index]:
-        name = step.table(part)
-        own = [c for c in ADDS[step.name].names if c in columns]
-        parent = footer["content"]
-        table, footer = store.read_whole(name, ["key", "outcome", *own])
-        if footer["parent"] != parent:
+    columns = {*wanted, "offset", "size"} if {"image", "tar"} & {*wanted} else {*wanted}
+    steps = [None, *job.steps[:index]]  # None: the input
+    fields = [[f for f in (ADDS[s.name] if s else (*INPUT, *INPUT_MORE)) if f.name in columns] for s in steps]
+    first = next((i for i, own in enumerate(fields) if own), index)
+    rows, parent, tar = None, "", None
+    for step, own in [*zip(steps, fields, strict=True)][first:]:
+        name = step.table(part) if step else job.inputs[part]
+        table, footer = store.read_whole(name, ["key", *["outcome"] * bool(step), *(f.name for f in own)])
+        if rows is None:
+            rows = table.select(["key"])
+        elif footer["parent"] != parent:
             raise StaleError(f"{name} was made from another table than {parent[:12]}")
-        if not table["key"].equals(rows["key"]):
+        elif not table["key"].equals(rows["key"]):
             raise StaleError(f"{name} does not have its parent's rows")
-        for column in own:
-            rows = rows.append_column(table.field(column), table[column])
-        rows = rows.filter(pc.equal(table["outcome"], "kept"))
-        if step.name == "download":
+        parent = footer["content"]
+        for f in own:
+            if f.name not in table.column_names:  # of those that only some input tables have
+                table = table.append_column(f, pa.nulls(len(table), f.type))
+            rows = rows.append_column(table.field(f.name), table[f.name])
+        if step:
+            rows = rows.filter(pc.equal(table["outcome"], "kept"))
+        if step and step.name == "download":
             tar = f"{step.folder}/{footer['tar']['name']}"
             if "tar" in wanted:
                 rows = rows.append_column("tar", pa.repeat(pa.scalar(tar), len(rows)))
-        if step.name == "select" and "select" in wanted:
+        if step and step.name == "select" and "select" in wanted:
             rows = rows.append_column("select", pa.repeat(pa.scalar(step.fingerprint), len(rows)))
-    return Incoming(rows.combine_chunks(), footer["content"], tar)
+    assert rows is not None
+    return Incoming(rows.combine_chunks(), parent, tar)
 
 
 def _require(store: Store, name: str) -> dict[str, Any]:
@@ -132,7 +142,8 @@ def run_part(
     """
     store, step = job.open_store(), job.steps[index]
     if footer := finished(store, job, index, part):
-        _tidy(store, step, part, footer)
+        if store.exists(wip(step.table(part))):
+            tidy(store, step, part, footer)
         return footer, False
     if step.adopted:
         raise StaleError(f"the adopted result {step.folder} has no {part_name(part)} for these inputs")
@@ -155,30 +166,42 @@ def _do(
         stage = stage.at(Place(store, job.workers.get(step.name, 1)))
     takedown = obeyed(store)
     given = incoming(store, job, index, part, (*stage.reads, *(NAMED_BY if takedown else ())))
-    sink = stage.sink(store, step.folder, part) if isinstance(stage, WithFiles) else None
+    sink, first = None, True
+    if isinstance(stage, WithFiles):
+        first = store.claim(f"{wip(step.table(part))}/{FILES}", uuid.uuid4().bytes)
+        sink = stage.sink(store, step.folder, part)
     saver = Saver(store, job, step, part, given, sink)
     try:
         saver.resume()
         attempt.on_rows(saver.done)
-        function = _open(opener, stage) if saver.done < len(given.rows) else None
-        if function and takedown:
-            function = obeying(function, stage, takedown)
+        rows = saver.missing()
+        if takedown:  # no function sees these
+            named = match(rows, takedown)
+            gone, rows = rows.filter(named), rows.filter(pc.invert(named))
+            saver.add(answer(gone, stage.name, [Drop("taken_down")] * len(gone), stage.emits))
+            attempt.on_rows(len(gone))
+        function = _open(opener, stage) if len(rows) else None
         size = 1 if attempt.alone else job.batch[step.name]
         # A row that is tried alone is also prepared alone, so that the right one is blamed where preparing kills.
         early = function if isinstance(function, InTwo) and not attempt.alone else None
         threads = job.threads.get(step.name, 1)
-        for batch, prepared in _ahead(store, given, stage, (saver.done, size), early, threads, attempt.on_read):
+        batches: Iterator[tuple[pa.Table, Future[Any] | None]]
+        if isinstance(early, ByRow):
+            batches = _as_they_come(rows, early, size, size * (threads + 2), attempt.on_read)
+        else:
+            batches = _ahead(store, given.tar, rows, stage, size, early, threads, attempt.on_read)
+        for batch, prepared in batches:
             assert function is not None
-            result = _attempt(function, batch, stage, attempt, prepared)
-            saver.add(sink.add(result) if sink else result)
+            saver.add(_attempt(function, batch, stage, attempt, prepared))
             attempt.on_rows(len(batch))
         attempt.on_key(None)  # a death from here on is no row's fault
-        footer = step_footer(step, part, given, saver.table(), sink.close() if sink else {})
+        table, files = sink.close(saver.table()) if sink else (saver.table(), {})
+        footer = step_footer(step, part, given, table, files)
     except BaseException:
         if sink:
             sink.abort()
         raise
-    return _publish(store, step, part, given.parent, saver.table(), footer)
+    return _publish(store, step, part, table, footer, first)
 
 
 def _open(opener: Callable[[Stage], Function], stage: Stage) -> Function:
@@ -204,27 +227,27 @@ def _attempt(
 
 def _ahead(
     store: Store,
-    given: Incoming,
+    tar: str | None,
+    rows: pa.Table,
     stage: Stage,
-    span: tuple[int, int],
+    size: int,
     early: InTwo | None,
     threads: int,
     on_read: Callable[[], None],
 ) -> Iterator[tuple[pa.Table, Future[Any] | None]]:
-    """The batches from row `start` on, of `size` rows, with their images, while the batch before is at work.
+    """Batches of `size` rows, with their images out of `tar`, each read while the one before is at work.
 
     One thread reads; `threads` more prepare what was read, for a function `early` that works in two moments; once these
     have the last batch, `on_read` is called.
     """
-    start, size = span
 
     def read(first: int) -> pa.Table:
-        batch = given.rows.slice(first, size)
+        batch = rows.slice(first, size)
         if "image" not in stage.reads:
             return batch
         offsets, sizes = batch["offset"].to_pylist(), batch["size"].to_pylist()
-        assert given.tar is not None
-        images = store.read_ranges(given.tar, [(o, o + s) for o, s in zip(offsets, sizes, strict=True)])
+        assert tar is not None
+        images = store.read_ranges(tar, [(o, o + s) for o, s in zip(offsets, sizes, strict=True)])
         return batch.append_column("image", pa.array(images, pa.binary()))
 
     def prepare(reading: Future[pa.Table]) -> Any:
@@ -235,10 +258,10 @@ def _ahead(
     pending: deque[tuple[Future[pa.Table], Future[Any] | None]] = deque()
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(threads) as preparer:
         try:
-            for first in range(start, len(given.rows), size):
+            for first in range(0, len(rows), size):
                 reading = reader.submit(read, first)
                 pending.append((reading, preparer.submit(prepare, reading) if early else None))
-                if early and first + size >= len(given.rows):  # not later: an engine may be at all that waits, at once
+                if early and first + size >= len(rows):  # not later: an engine may be at all that waits, at once
                     on_read()
                 if len(pending) > ahead:
                     batch, prepared = pending.popleft()
@@ -248,6 +271,38 @@ def _ahead(
         finally:
             preparer.shutdown(cancel_futures=True)
             reader.shutdown(cancel_futures=True)
+
+
+def _as_they_come(
+    rows: pa.Table, function: ByRow, size: int, window: int, on_read: Callable[[], None]
+) -> Iterator[tuple[pa.Table, Future[Any] | None]]:
+    """Batches of at most `size` rows that are done, in any order, while up to `window` others are under way.
+
+    Once all have begun, `on_read` is called. Those under way are given up where nobody wants more.
+    """
+    records = (record for batch in rows.to_batches(size) for record in batch.to_pylist())
+    done: SimpleQueue[Future[Any]] = SimpleQueue()
+    under_way: dict[Future[Any], int] = {}
+    begun = 0
+    try:
+        while begun < len(rows) or under_way:
+            while begun < len(rows) and len(under_way) < window:
+                future = function.begin(next(records))
+                under_way[future] = begun
+                future.add_done_callback(done.put)
+                begun += 1
+                if begun == len(rows):
+                    on_read()
+            there, until = [done.get()], time.monotonic() + _GATHER_S
+            with suppress(Empty):
+                while len(there) < min(size, len(under_way)):
+                    there.append(done.get(timeout=max(0.0, until - time.monotonic())))
+            prepared: Future[Any] = Future()
+            prepared.set_result(there)
+            yield rows.take([under_way.pop(future) for future in there]), prepared
+    finally:
+        for future in under_way:
+            future.cancel()
 
 
 def step_footer(step: Step, part: int, given: Incoming, table: pa.Table, files: dict[str, Any]) -> dict[str, Any]:
@@ -260,36 +315,43 @@ def step_footer(step: Step, part: int, given: Incoming, table: pa.Table, files: 
 
 def counted(table: pa.Table) -> dict[str, Any]:
     """The rows of a step's table by outcome and reason, as its footer has them."""
-    counts: dict[str, Any] = {"kept": 0, "rejected": {}, "failed": {}}
-    for row in table.group_by(["outcome", "reason"], use_threads=False).aggregate([([], "count_all")]).to_pylist():
-        if row["outcome"] == "kept":
-            counts["kept"] = row["count_all"]
-        else:
-            counts[row["outcome"]][row["reason"]] = row["count_all"]
+    drops = table.select(["outcome", "reason"]).filter(pc.not_equal(table["outcome"], "kept")).to_pydict()
+    counts: dict[str, Any] = {"kept": len(table) - len(drops["outcome"]), "rejected": {}, "failed": {}}
+    for (outcome, reason), count in Counter(zip(drops["outcome"], drops["reason"], strict=True)).items():
+        counts[outcome][reason] = count
     return counts
 
 
 def _publish(
-    store: Store, step: Step, part: int, parent: str, table: pa.Table, footer: dict[str, Any]
+    store: Store, step: Step, part: int, table: pa.Table, footer: dict[str, Any], first: bool
 ) -> dict[str, Any]:
-    """Create the part's Parquet file, the mark that it is done; where another attempt was first, its result counts."""
+    """Create the part's Parquet file, the mark that it is done; where another attempt was first, its result counts.
+
+    For the `first` attempt at all there is nothing else to tidy than its own wip folder.
+    """
     name, data = step.table(part), encode_table(table, footer)
-    if not store.create(name, data):
-        there = _require(store, name)
-        if there["parent"] != parent:  # left from a parent that is gone: the one case where a table is replaced
-            store.replace(name, data)
+    settled = store.settle(name, data)
+    if settled and first:
+        store.sweep(name)
+        return footer_of(pa.BufferReader(data))
+    if not settled and _require(store, name)["parent"] != footer["parent"]:
+        store.replace(name, data)  # left from a parent that is gone: the one case where a table is replaced
     published = _require(store, name)
-    _tidy(store, step, part, published)
+    tidy(store, step, part, published)
     return published
 
 
-def _tidy(store: Store, step: Step, part: int, footer: dict[str, Any]) -> None:
-    """Remove what attempts at a finished part left that lost or were killed: their wip, and tars that nothing cites."""
-    store.sweep(step.table(part))
+def tidy(store: Store, step: Step, part: int, footer: Mapping[str, Any]) -> None:
+    """Remove what attempts at a finished part left that lost or were killed: tars that nothing cites, and their wip.
+
+    That goes last, as without it there is nothing to tidy: so of parts that are done no folder is listed, which would
+    make the time for each grow with their number.
+    """
     if isinstance(step.stage, WithFiles):
         mine = {name for name in store.names(step.folder, step.stage.prefix(part)) if name.endswith(".tar")}
         for orphan in sorted(mine - step.stage.cited(footer)):
             store.remove(f"{step.folder}/{orphan}")
+    store.sweep(step.table(part))
 
 
 def piece(name: str) -> tuple[int, int] | None:
@@ -301,50 +363,66 @@ def piece(name: str) -> tuple[int, int] | None:
 
 
 class Saver:
-    """The outcomes of one attempt, in order, saved about every `save_every_s` into the part's wip folder.
+    """The outcomes of one attempt, saved into the part's wip folder as often as that is cheap.
 
-    A piece is named by its rows, `00000128-00000256.parquet`; pieces of several attempts may overlap, any chain of them
-    from row 0 is good.
+    That is once a second, less often where it takes long, and at least every `save_every_s`. A piece is named by how
+    many rows were done before and after it, `00000128-00000256.parquet`; its rows are known by their keys, so those of
+    several attempts go together, whatever rows they have.
     """
 
     def __init__(self, store: Store, job: Job, step: Step, part: int, given: Incoming, sink: Sink | None) -> None:
         self._store, self._given, self._sink = store, given, sink
         self._folder = wip(step.table(part))
         self._schema = step_schema(step.name)
-        self._every_s, self._last = job.save_every_s, time.monotonic()
+        self._every_s, self._cost_s = job.save_every_s, math.inf
+        self._next = time.monotonic() + min(self._every_s, _SAVE_S)
         self._tables: list[pa.Table] = []
-        self._saved = 0
+        self._fresh: list[pa.Table] = []  # those of them that are not saved
         self.done = 0
 
     def resume(self) -> None:
         """Take over what earlier attempts at the same incoming rows saved."""
-        spans: dict[int, int] = {}
-        for start, end in filter(None, map(piece, self._store.names(self._folder))):
-            spans[start] = max(end, spans.get(start, 0))
-        while self.done in spans:
-            name = f"{self._folder}/{self.done:08d}-{spans[self.done]:08d}.parquet"
-            footer = self._store.footer(name)
-            if footer is None or footer["parent"] != self._given.parent:
-                break
-            rows = self._store.read_table(name)
-            self.add(self._sink.add(rows) if self._sink else rows)
-            self._saved = self.done
+        for name in filter(piece, self._store.names(self._folder)):
+            footer = self._store.footer(f"{self._folder}/{name}")
+            if footer is not None and footer["parent"] == self._given.parent:
+                rows = self._store.read_table(f"{self._folder}/{name}")
+                self._take(rows.filter(pc.invert(pc.is_in(rows["key"], self._keys()))))
+        self._fresh.clear()
+
+    def missing(self) -> pa.Table:
+        """The incoming rows that are not done."""
+        rows = self._given.rows
+        return rows.filter(pc.invert(pc.is_in(rows["key"], self._keys()))) if self.done else rows
 
     def add(self, rows: pa.Table) -> None:
-        """Take the outcomes of the next rows."""
-        self._tables.append(rows.select(self._schema.names).cast(self._schema))
-        self.done += len(rows)
-        if time.monotonic() - self._last >= self._every_s and self.done < len(self._given.rows):
+        """Take the outcomes of more rows, as the step's function gives them."""
+        self._take(rows)
+        if time.monotonic() >= self._next and self.done < len(self._given.rows):
+            begun = time.monotonic()
             self._save()
-            self._last = time.monotonic()
+            now = time.monotonic()
+            self._cost_s = min(self._cost_s, now - begun)  # of a save as such: what it writes has to be written anyway
+            self._next = now + min(self._every_s, max(_SAVE_S, self._cost_s / _SAVE_SHARE))
 
     def table(self) -> pa.Table:
-        """All outcomes so far."""
-        return pa.concat_tables(self._tables) if self._tables else self._schema.empty_table()
+        """All outcomes so far, in the order of the incoming rows."""
+        table = pa.concat_tables([self._schema.empty_table(), *self._tables])
+        wanted = self._given.rows["key"]
+        same = table["key"].combine_chunks().equals(wanted.combine_chunks())
+        return table if same else table.take(pc.index_in(wanted, table["key"].combine_chunks()))
+
+    def _take(self, rows: pa.Table) -> None:
+        table = (self._sink.add(rows) if self._sink else rows).select(self._schema.names).cast(self._schema)
+        self._tables.append(table)
+        self._fresh.append(table)
+        self.done += len(table)
+
+    def _keys(self) -> pa.Array:
+        return pa.concat_arrays([pa.array([], pa.string()), *(c for t in self._tables for c in t["key"].chunks)])
 
     def _save(self) -> None:
-        rows = self.table().slice(self._saved)
-        size = len(rows)
+        rows, self._fresh = pa.concat_tables(self._fresh), []
+        size, saved = len(rows), self.done - len(rows)
         if self._sink and "size" in rows.column_names:
             per_row = (pc.sum(rows["size"]).as_py() or 0) // len(rows) + 1
             size = max(1, _PIECE_BYTES // per_row)
@@ -353,8 +431,8 @@ class Saver:
             whole = self._sink.blobs(piece) if self._sink else piece
             if whole is None:
                 return
-            name = f"{self._folder}/{self._saved:08d}-{self._saved + len(piece):08d}.parquet"
-            self._store.create(name, encode_table(whole, {"parent": self._given.parent}))
-            self._saved += len(piece)
+            name = f"{self._folder}/{saved:08d}-{saved + len(piece):08d}.parquet"
+            self._store.create(name, encode_piece(whole, {"parent": self._given.parent}))
+            saved += len(piece)
             del whole
             pa.default_memory_pool().release_unused()  # else the pieces' buffers add up

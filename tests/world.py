@@ -5,10 +5,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 from PIL import Image, ImageDraw
 
@@ -26,6 +28,22 @@ def jpeg(seed: int, size: tuple[int, int] = (160, 120)) -> bytes:
     file = io.BytesIO()
     image.save(file, "JPEG", quality=90)
     return file.getvalue()
+
+
+def without_time(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """Files of a store, to be compared with those of another download: equal but for the times of the fetches.
+
+    That is a column of download's tables, and so in the hashes by which each table names itself and its parent.
+    """
+    return {name: _table(data) if name.endswith(".parquet") else data for name, data in files.items()}
+
+
+def _table(data: bytes) -> tuple[pa.Table, dict[str, Any]]:
+    file = pq.ParquetFile(pa.BufferReader(data))
+    footer = json.loads(file.metadata.metadata[b"vesl"])
+    rows = file.read()
+    timeless = rows.select([name for name in rows.column_names if name != "fetched_at"])
+    return timeless, {name: value for name, value in footer.items() if name not in ("content", "parent")}
 
 
 class World:

@@ -6,14 +6,12 @@ differs in a few bits, another picture in about half of them. A mirrored, turned
 to it.
 """
 
-import io
 import itertools
 import math
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from PIL import JpegImagePlugin as Jpeg
 
 BITS = 64
 MAX_DISTANCE = 8  # of the search; beyond it, what is near is no copy, and the masks are too many
@@ -37,19 +35,19 @@ _LOWEST = sorted(itertools.product(range(_KEPT), repeat=2), key=lambda place: (s
 _DOWN, _ACROSS = np.asarray(_LOWEST).T
 
 
-def phash(jpeg: bytes) -> int | None:
-    """The perceptual hash of a JPEG, as a signed 64-bit integer; None for a picture with hardly any structure.
+def phash(image: Image.Image) -> int | None:
+    """The perceptual hash of RGB pixels, as a signed 64-bit integer; None for a picture with hardly any structure.
 
     From the highest bit on, a bit says whether the next frequency is above the median of all; brightness, contrast and
-    colours do not count. Raises what Pillow raises for bytes that are no JPEG.
+    colours do not count. `normalise` hashes what it stores, before it is encoded; decoded again, a bit may differ.
     """
-    image = Jpeg.JpegImageFile(io.BytesIO(jpeg), "")
-    image.draft("L", (_SIDE, _SIDE))  # decodes at down to an eighth of the size, never below this
-    gray = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.BILINEAR)
+    # Averages of whole pixels first: less than half of the time, and copies of other sizes are no less alike.
+    gray = image.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR, reducing_gap=1.0).convert("L")
     waves = (_DCT @ np.asarray(gray, np.float64) @ _DCT.T)[_DOWN, _ACROSS]
     if float(np.square(waves).sum()) < (_FLAT * _SIDE) ** 2:
         return None
-    return int(np.packbits(waves > np.median(waves)).view(">i8")[0])
+    low, high = np.sort(waves)[BITS // 2 - 1 : BITS // 2 + 1]  # `np.median` takes three times as long
+    return int(np.packbits(waves > (low + high) / 2).view(">i8")[0])
 
 
 def distance(a: int | None, b: int | None) -> int | None:

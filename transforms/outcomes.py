@@ -59,6 +59,9 @@ REASONS: dict[str, dict[str, Reason]] = {
         "empty": Reason("failed", "a body of zero bytes"),
         "archive_missing": Reason("failed", "the archive that ingest read, or the image in it, is not there"),
         "archive_damaged": Reason("failed", "the archive is broken where the image should be"),
+        "archive_changed": Reason(
+            "failed", "another archive than ingest read lies there; put that back, then --retry failed", transient=True
+        ),
         "archive_unreadable": Reason(
             "failed", "reading the archive failed (class and message in the detail)", transient=True
         ),

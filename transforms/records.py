@@ -15,7 +15,8 @@ KEY = pa.field("key", pa.string(), nullable=False)  # 24 hex digits of sha256(no
 INPUT = pa.schema([KEY, ("url", pa.string()), ("alt_text", pa.string()), ("source", pa.string()), ("row", pa.int64())])
 # Where an image lies that needs no download: `path` (a local path or an fsspec URL) is a tar or a folder that holds
 # `member` with the ending of an image format, or a Parquet file that has it in its row `row`. The other one is null.
-ARCHIVED = pa.struct([("path", pa.string()), ("member", pa.string()), ("row", pa.int64())])
+# `stamp` tells what lies there from anything else that may take its place; null in older tables.
+ARCHIVED = pa.struct([("path", pa.string()), ("member", pa.string()), ("row", pa.int64()), ("stamp", pa.string())])
 # What an input table has beside INPUT, in this order, where the recipe names such a column or the source is an archive.
 # What is expected is of the bytes as downloaded; hex digits are in lower case; null where the list says nothing usable.
 INPUT_MORE = pa.schema(
@@ -83,6 +84,8 @@ ADDS: dict[str, pa.Schema] = {
             ("size", pa.int32()),  # in bytes
             ("phash", pa.int64()),  # perceptual hash of the JPEG as stored; null where it has hardly any structure
             ("drift_bits", pa.int16()),  # of a row kept with other bytes than expected: how far phash is from expected
+            # When the answer came, by our clock (its own is `http.date`); null where the image is of an archive.
+            ("fetched_at", pa.timestamp("ms", "UTC")),
         ]
     ),
     "dedup": pa.schema([]),

@@ -35,12 +35,12 @@ class Engine:
 
     kind: Literal["local", "ray", "beam"] = "local"
     workers: int | None = None  # processes; default: one per core
-    save_every_s: float = 60.0  # how much work of a slow part a crash may cost
+    save_every_s: float = 60.0  # how much work of a slow part a crash may cost, at most; where saving is quick, 1 s
     part_time_limit_s: float | None = None  # for one attempt at a step of a part; the second that is over it, is lost
     silence_limit_s: float = 3600.0  # the same, from one finished batch to the next: a call that hangs
     address: str | None = None  # of a Ray cluster; default: RAY_ADDRESS, else one on this machine
     options: tuple[str, ...] = ()  # for Beam, such as --runner=...
-    download: Resources = Resources(batch=128, threads=14)  # 16 batches under way, of a thousand requests in flight
+    download: Resources = Resources(batch=128, threads=14)  # (14 + 2) x 128 rows under way, of a thousand in flight
     dedup: Resources = Resources()  # runs in the driver; only `memory` counts
     caption: Resources = Resources(batch=32)
     phrases: Resources = Resources(batch=256)

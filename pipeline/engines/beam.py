@@ -123,6 +123,7 @@ class _Driver:
     heard: set[str] = field(default_factory=set)  # notes
     lost: set[int] = field(default_factory=set)
     waiting: Waiting[int] = field(init=False)
+    left: list[int] = field(default_factory=list)  # by another run, that waited for it
     hangs: Counter[tuple[int, int]] = field(default_factory=Counter)
     deaths: Counter[tuple[int, int]] = field(default_factory=Counter)
 
@@ -136,7 +137,8 @@ class _Driver:
             before = len(self.told) + len(self.lost)
             text = self._pipeline(left, Notes(self.folder, number)) if left else None
             if text is None:
-                if not (parts := others(self.waiting, self.listen)):
+                parts, self.left = self.left or others(self.waiting, self.listen), []
+                if not parts:
                     return
                 continue
             if self._hung(number):  # it was ended for that one; the others that were under way are not to blame
@@ -207,6 +209,7 @@ class _Driver:
 
         def going() -> bool:
             self._read_notes()
+            self.left += self.waiting.free()
             try:
                 while _going(said) and ours.poll():
                     said.append(ours.recv())

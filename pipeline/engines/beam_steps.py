@@ -52,8 +52,11 @@ class _Shared:
 
     def _alone(self, function: Function) -> Function:
         def alone(batch: pa.Table) -> pa.Table:
-            with self.lock:
+            self.turn.take()
+            try:
                 return function(batch)
+            finally:
+                self.turn.close()
 
         return alone
 
@@ -68,7 +71,7 @@ class _Shared:
 
 _SHARED: dict[str, _Shared] = {}
 _SHARED_LOCK = threading.Lock()
-_WATCHES: dict[tuple[float | None, float], Watch] = {}  # of this process, by limits
+_WATCHES: dict[tuple[str, float | None, float], Watch] = {}  # of this process, by step and limits
 
 
 @dataclass(frozen=True)
@@ -153,8 +156,10 @@ class _Work:
 
     def _attempt(self, store: Store, step: Step, part: int) -> tuple[dict[str, Any], bool]:
         with _SHARED_LOCK:  # pipelines of one process may differ in a stage's operational options
-            shared = _SHARED.setdefault(f"{step.folder} {step.stage!r}", _Shared())
-        watch = self._watch()
+            name = f"{step.folder} {step.stage!r}"
+            shared = _SHARED.setdefault(name, _Shared())
+            limits = self.engine.part_time_limit_s, self.engine.silence_limit_s
+            watch = _WATCHES.setdefault((name, *limits), Watch(self.engine, shared.turn))
 
         begun, opening, counts = time.monotonic(), 0.0, list[int]()
 
@@ -177,10 +182,6 @@ class _Work:
             seconds = shared.clock.since(begun) - opening
             self.notes.tell(store, Event("spent", step.name, part, rows=sum(counts[1:]), seconds=seconds))
         return footer, fresh
-
-    def _watch(self) -> Watch:
-        with _SHARED_LOCK:
-            return _WATCHES.setdefault((self.engine.part_time_limit_s, self.engine.silence_limit_s), Watch(self.engine))
 
 
 def _count(step: str, footer: Mapping[str, Any] | None, fresh: bool) -> None:

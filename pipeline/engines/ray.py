@@ -17,6 +17,8 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
+import pyarrow as pa
+
 from ...models.contract import ModelError
 from ..leases import Waiting
 from ..stage import Step
@@ -25,14 +27,14 @@ from . import Engine, EngineError, Event, Listener
 from .follow import follow, others
 from .ray_steps import Operator, Row, version
 
-_BLOCKS = 5000  # submitted at once: the driver holds a few kilobytes for each
+_WAVE = 500  # blocks, cut at once and waiting for a step at most: the driver holds a few kilobytes for each
 _TOGETHER = 64  # parts in a block, at most
 _BLOCKS_A_WORKER = 200  # before parts go together: enough to be shared evenly
 _POLL_S = 0.5
 
 
 def run(job: Job, parts: Sequence[int], engine: Engine, listen: Listener) -> None:
-    """Carry the parts through all steps of the job, in waves.
+    """Carry the parts through all steps of the job.
 
     A part that is given up is told as `lost`, the others go on. Works in the cluster that this process is in, else
     joins the one at `engine.address` or RAY_ADDRESS, else starts one on this machine for the length of the run.
@@ -45,10 +47,9 @@ def run(job: Job, parts: Sequence[int], engine: Engine, listen: Listener) -> Non
     with _cluster(engine):
         identity = uuid.uuid4().hex[:8]
         while todo:
-            wave, before = todo[: _BLOCKS * _TOGETHER], len(told)
+            before = len(told)
             try:
-                _carry(job, wave, engine, identity, waiting, told, listen)
-                todo = todo[len(wave) :]
+                todo = _carry(job, todo, engine, identity, waiting, told, listen)
             except _DiedError:  # an actor, again and again: on a cluster whose nodes come and go that is not the end
                 if len(told) == before:
                     raise
@@ -71,6 +72,8 @@ def _cluster(engine: Engine) -> Iterator[None]:
     # Ray Data has every actor take an object as an argument, and its core warns of that; this one lives in the driver.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     alone: dict[str, Any] = {"num_cpus": engine.workers or _cores()} if address == "local" else {}
+    if alone:  # by default 15, so that all else on the machine goes first, this driver and Ray's own processes too
+        os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         with _silence():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **alone)
@@ -108,13 +111,17 @@ def _carry(
     waiting: Waiting[int],
     told: set[tuple[str, int]],
     listen: Listener,
-) -> None:
-    """One wave: Ray in a thread, events in this one, so that whatever `listen` raises ends the work at once."""
+) -> list[int]:
+    """Ray in a thread, events in this one, so that whatever `listen` raises ends the work at once.
+
+    Return the parts that another run left meanwhile: its silence counts from when a worker met its lease.
+    """
     import ray
 
     data = dataset(job, parts, engine, identity)
     executor = data._create_executor()  # Ray's public iterators cannot be stopped before their first row
     arrived: SimpleQueue[Row | Exception] = SimpleQueue()
+    left: list[int] = []
 
     def drive() -> None:
         try:
@@ -129,6 +136,7 @@ def _carry(
         going = thread.is_alive()
         while not arrived.empty():
             _hear(arrived.get(), job, waiting, listen)
+        left.extend(waiting.free())
         return going
 
     thread = Thread(target=drive, daemon=True, name="vesl-ray")
@@ -137,6 +145,7 @@ def _carry(
         follow(job, parts, running, listen, _POLL_S, told)
     finally:
         executor.shutdown(force=True)
+    return left
 
 
 def _hear(row: Row | Exception, job: Job, waiting: Waiting[int], listen: Listener) -> None:
@@ -165,6 +174,8 @@ def _hear(row: Row | Exception, job: Job, waiting: Waiting[int], listen: Listene
 def dataset(job: Job, parts: Sequence[int], engine: Engine, identity: str) -> Any:
     """The chain as a `ray.data.Dataset` of one row a part, for the cluster that this process is in; nothing runs yet.
 
+    The parts come in waves of many blocks, which are cut one after the other as the steps take them: so the driver's
+    memory stays flat, and the actors go from one wave on to the next without a pause.
     Raises EngineError where the cluster does not have what one actor for each step needs.
     """
     import ray
@@ -178,9 +189,12 @@ def dataset(job: Job, parts: Sequence[int], engine: Engine, identity: str) -> An
         if need > has.get(kind, 0) and not engine.address and "RAY_ADDRESS" not in os.environ:  # else it may yet grow
             raise EngineError(f"ray: an actor for each step needs {need:g} {kind}s, there are {has.get(kind, 0):g}")
     job = replace(job, workers={name: want["max_size"] for name, want in wants.items()})
-    rows = [{"part": part, "state": "", "said": "[]"} for part in parts]
-    together = _together(len(rows), max(want["max_size"] for want in wants.values()))
-    data: Any = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // together))
+    together = _together(len(parts), max(want["max_size"] for want in wants.values()))
+    waves = [parts[first : first + _WAVE * together] for first in range(0, len(parts), _WAVE * together)]
+    tables = [pa.table({"part": wave, "state": [""] * len(wave), "said": ["[]"] * len(wave)}) for wave in waves]
+    data: Any = ray.data.from_arrow(tables).repartition(target_num_rows_per_block=together)
+    data._logical_plan.dag.ray_remote_args["num_cpus"] = 0  # else the cutting waits for a core that no actor has
+    data.context.set_config("backpressure_policies.enabled", [_paced()])
     data.context.enable_progress_bars = data.context.print_on_execution_start = False
     data.context.autoscaling_config.actor_pool_util_upscaling_threshold = 0.9  # busy; by default: and as much in queue
     for index, step in enumerate(job.steps):
@@ -207,7 +221,20 @@ def dataset(job: Job, parts: Sequence[int], engine: Engine, identity: str) -> An
 
 def _together(parts: int, workers: int) -> int:
     """How many parts travel in one block: more than one where Ray's work for each block would add up."""
-    return max(1, min(_TOGETHER, max(parts // (workers * _BLOCKS_A_WORKER), -(-parts // _BLOCKS))))
+    return max(1, min(_TOGETHER, parts // (workers * _BLOCKS_A_WORKER)))
+
+
+def _paced() -> type:
+    """What holds a step back while a wave of blocks waits behind it; Ray's own policies count bytes, which are few."""
+    from ray.data._internal.execution.backpressure_policy.backpressure_policy import BackpressurePolicy
+    from ray.data._internal.execution.operators.task_pool_map_operator import TaskPoolMapOperator
+
+    class Paced(BackpressurePolicy):
+        def can_add_input(self, op: Any) -> bool:
+            cutting = isinstance(op, TaskPoolMapOperator) and op.num_active_tasks() > 0
+            return not cutting and len(self._topology[op].output_queue) < _WAVE
+
+    return Paced
 
 
 def resources(step: Step, steps: int, engine: Engine, has: dict[str, float]) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class Operator:
         self._function: Function | None = None
         self._opening = 0.0
         self._places, self._gate, self._turn, self._clock = Semaphore(2), Lock(), Turn(), Clock()
-        self._watch, self._marks = Watch(engine), set[str]()
+        self._watch, self._marks = Watch(engine, self._turn), set[str]()
         self._mark, self._hang = f"attempt-{identity}-", f"hung-{identity}-"  # how names of notes begin
         self._end = ""  # "model" or "version": no part can be done here
 

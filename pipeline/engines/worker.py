@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from ...models.contract import ModelError
 from ..leases import LeasedError
-from ..stage import Function, InTwo, Stage
+from ..stage import ByRow, Function, InTwo, Stage
 from ..work import Attempt, Job, run_part
 from . import Engine
 
@@ -71,24 +71,27 @@ class Turn:
     """
 
     def __init__(self) -> None:
-        self._lock, self._owner = threading.Lock(), 0
+        self._lock = threading.Lock()
+        self.owner = 0  # a thread's number; none is 0
+        self.shared = False  # the function serves several parts at a time
 
     def take(self) -> None:
         """Wait for this thread's turn, unless it has it."""
-        if self._owner != threading.get_ident():
+        if not self.shared and self.owner != threading.get_ident():
             self._lock.acquire()
-            self._owner = threading.get_ident()
+            self.owner = threading.get_ident()
 
     def close(self) -> None:
         """End this thread's turn, if it has it."""
-        if self._owner == threading.get_ident():
-            self._owner = 0
+        if self.owner == threading.get_ident():
+            self.owner = 0
             self._lock.release()
 
 
 def in_turn(function: Function, turn: Turn) -> Function:
     """The same function; two parts that use it take turns now, as a model serves one caller at a time."""
-    if isinstance(function, InTwo):
+    turn.shared = isinstance(function, ByRow)
+    if isinstance(function, InTwo) and not turn.shared:
         finish = function.finish
 
         def finish_in_turn(batch: pa.Table, prepared: Any) -> pa.Table:
@@ -100,14 +103,15 @@ def in_turn(function: Function, turn: Turn) -> Function:
 
 
 class Watch:
-    """Ends this process where the oldest attempt in it takes too long, as nothing else ends a call that hangs.
+    """Ends this process where an attempt at a step takes too long, as nothing else ends a call that hangs.
 
-    Those beside it may wait for it, so their time begins at its end.
+    The others may wait for the oldest, so their time begins at its end. Where all are silent, the one whose turn it is
+    with the model is to blame; the oldest may wait for that.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine, self._heard, self._began = engine, 0.0, 0.0
-        self._attempts: dict[object, Callable[[str], None]] = {}  # in the order of their beginnings
+    def __init__(self, engine: Engine, turn: Turn) -> None:
+        self._engine, self._turn, self._heard, self._began = engine, turn, 0.0, 0.0
+        self._attempts: dict[int, Callable[[str], None]] = {}  # by thread, in the order of their beginnings
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
@@ -118,7 +122,7 @@ class Watch:
     @contextmanager
     def over(self, at_end: Callable[[str], None]) -> Iterator[None]:
         """Watch over an attempt; before the process is ended for it, `at_end` hears why."""
-        attempt = object()
+        attempt = threading.get_ident()
         with self._lock:
             if not self._attempts:
                 self._began = time.monotonic()
@@ -130,7 +134,7 @@ class Watch:
             yield
         finally:
             with self._lock:
-                if next(iter(self._attempts)) is attempt:
+                if next(iter(self._attempts)) == attempt:
                     self._began = time.monotonic()
                 del self._attempts[attempt]
 
@@ -140,6 +144,8 @@ class Watch:
             with self._lock:
                 at_end = next(iter(self._attempts.values()), None)
                 deadline, why = self._engine.deadline(self._began, self._heard)
+                if time.monotonic() > max(self._began, self._heard) + self._engine.silence_limit_s:
+                    at_end = self._attempts.get(self._turn.owner, at_end)
             if at_end is not None and time.monotonic() > deadline:
                 telling = threading.Thread(target=at_end, args=(why,), daemon=True)
                 telling.start()

@@ -2,29 +2,29 @@
 
 import hashlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, BinaryIO, ClassVar, Literal
 
 import pyarrow as pa
 
 from ...transforms.hashes import BITS, distance
-from ...transforms.images import ImageRule, StoredImage, normalise
+from ...transforms.images import ImageRule, normalise
 from ...transforms.options import added
 from ...transforms.outcomes import Drop
 from ...transforms.records import ADDS
 from ...transforms.shards import add_member, end_tar, read_range
 from ..archived import Archives
-from ..fetch import Batch, Fetcher, FetchRule
-from ..peer import Peer, UnderWay
+from ..fetch import Fetcher, FetchRule, Made, take_all
+from ..peer import Peer
 from ..request import Fetched
 from ..respect import RespectRule
-from ..stage import Function, InTwo, Place, answer, part_name
+from ..stage import ByRow, Function, Place, answer, part_name
 from ..store import Store
 
-Begun = tuple[list[int], Batch[dict[str, Any]] | UnderWay[dict[str, Any]]]  # rows that the network is asked for
 _PLACE = ("offset", "size")
 _EXPECTED = ("expected_sha256", "expected_md5", "expected_phash")
 _EMITS = pa.schema([*(f for f in ADDS["download"] if f.name not in _PLACE), ("image", pa.binary())])
@@ -41,7 +41,7 @@ class Download:
     """
 
     name: ClassVar[str] = "download"
-    version: ClassVar[int] = 4  # images are scaled by another filter, for less than half of the time, since 3
+    version: ClassVar[int] = 5  # the time of the fetch is kept since 4
     emits: ClassVar[pa.Schema] = _EMITS
     reads: ClassVar[tuple[str, ...]] = ("url", "archived", *_EXPECTED)
     opens_model: ClassVar[bool] = False
@@ -67,64 +67,60 @@ class Download:
         return placed
 
     def open(self) -> Function:
-        """Return the function: to prepare a batch is to begin with it, so that many are under way at a time."""
+        """Return the function: each row is begun with by itself, so that many are under way at a time."""
 
-        digests = {"sha256"}
+        def begin(row: dict[str, Any]) -> Future[Made[dict[str, Any]]]:
+            if place := row.get("archived"):
+                return archives.submit(row["url"], place, lambda found: self._image(row, found))
+            return fetcher.submit(row["url"], lambda found: self._image(row, found))
 
-        def use(fetched: Fetched) -> dict[str, Any]:
-            md5 = hashlib.md5(fetched.body, usedforsecurity=False).hexdigest() if "md5" in digests else None
-            try:
-                return {**_row(fetched, normalise(fetched.body, self.image)), "md5": md5}
-            except Drop as drop:  # other bytes than expected are the better reason; that shows where the row is known
-                said = Drop(drop.reason, drop.detail)  # `drop` itself holds the body, by its frames
-                return {"source_sha256": hashlib.sha256(fetched.body).hexdigest(), "md5": md5, "drop": said}
-
-        def begin(batch: pa.Table) -> Begun:
-            if "expected_md5" in batch.column_names and batch["expected_md5"].null_count < len(batch):
-                digests.add("md5")
-            urls = batch["url"].to_pylist()
-            places = batch["archived"].to_pylist() if "archived" in batch.column_names else [None] * len(urls)
-            web = [i for i, place in enumerate(places) if place is None]
-            return web, fetcher.submit([urls[i] for i in web])
-
-        def finish(batch: pa.Table, begun: Begun) -> pa.Table:
-            web, under_way = begun
-            found = archives.take(batch, without_network) if len(web) < len(batch) else {}
-            found |= zip(web, under_way.result(), strict=True)
-            expected = batch.select([name for name in _EXPECTED if name in batch.column_names]).to_pylist()
-            results = [self._kept(found[i], wanted) for i, wanted in enumerate(expected or [{}] * len(batch))]
-            return answer(batch, self.name, results, _EMITS)
-
-        def without_network(fetched: Fetched) -> dict[str, Any]:
-            return {**use(fetched), "final_url": None, "content_type": None, "http": None}
+        def finish(batch: pa.Table, begun: list[Future[Made[dict[str, Any]]]]) -> pa.Table:
+            return answer(batch, self.name, [_result(made) for made in take_all(begun)], _EMITS)
 
         archives = Archives(self.place.store.options if self.place else {}, self.fetch.max_bytes, self.respect)
         fetcher: Fetcher[dict[str, Any]] | Peer[dict[str, Any]]
         if self.backend == "img2dataset":
-            fetcher = Peer(self.fetch, without_network, self.respect)
+            fetcher = Peer(self.fetch, self.respect)
         else:
-            fetcher = Fetcher(self.fetch, use, lambda row: len(row.get("image", b"")), self.place, self.respect)
-        function = InTwo(begin, finish)
+            fetcher = Fetcher(self.fetch, lambda row: len(row["image"]), self.place, self.respect)
+        function = ByRow(begin, finish)
         weakref.finalize(function, fetcher.close)
         return function
 
-    def _kept(self, found: dict[str, Any] | Exception, expected: Mapping[str, Any]) -> dict[str, Any] | Drop:
-        if isinstance(found, MemoryError):
-            return Drop("out_of_memory")
-        if isinstance(found, Exception):
-            return found if isinstance(found, Drop) else Drop("error", f"{type(found).__name__}: {found}")
-        drop, drift = found.get("drop"), None
-        for name, column in (("sha256", "source_sha256"), ("md5", "md5")):
-            wanted = expected.get(f"expected_{name}")
-            if wanted and wanted != found[column]:
-                said = f"{name} {found[column][:16]}, expected {wanted[:16]}"
-                if drop or self.max_drift_bits is None:
-                    return Drop("hash_mismatch", f"{said}; {drop}" if drop else said)
-                drift = distance(found["phash"], expected.get("expected_phash"))
-                if drift is None or drift > self.max_drift_bits:
-                    apart = "perceptual hash unknown" if drift is None else f"perceptual hash {drift} bits away"
-                    return Drop("hash_mismatch", f"{said}; {apart}")
-        return drop or {**found, "drift_bits": drift}
+    def _image(self, row: Mapping[str, Any], fetched: Fetched) -> dict[str, Any]:
+        """The new columns of a row, from what was fetched for it.
+
+        No decoder sees bytes that the row does not expect, unless they may have drifted from what it does. Raises Drop.
+        """
+        wrong, near = _unexpected(row, fetched.body), row.get("expected_phash")
+        if wrong and (self.max_drift_bits is None or near is None):
+            raise Drop("hash_mismatch", wrong if self.max_drift_bits is None else f"{wrong}; perceptual hash unknown")
+        try:
+            image = normalise(fetched.body, self.image)
+        except Drop as drop:
+            if wrong:  # the better reason
+                raise Drop("hash_mismatch", f"{wrong}; {drop}") from None
+            raise
+        drift = distance(image.phash, near) if wrong else None
+        if wrong and (drift is None or drift > (self.max_drift_bits or 0)):
+            apart = "perceptual hash unknown" if drift is None else f"perceptual hash {drift} bits away"
+            raise Drop("hash_mismatch", f"{wrong}; {apart}")
+        return {
+            "sha256": image.sha256,
+            "source_sha256": image.source_sha256,
+            "source_format": image.source_format,
+            "source_width": image.source_width,
+            "source_height": image.source_height,
+            "width": image.width,
+            "height": image.height,
+            "final_url": fetched.final_url,
+            "content_type": fetched.content_type,
+            "http": fetched.http,
+            "phash": image.phash,
+            "drift_bits": drift,
+            "fetched_at": fetched.at,
+            "image": image.jpeg,
+        }
 
     def cited(self, footer: Mapping[str, Any]) -> set[str]:
         """The part's tar."""
@@ -139,64 +135,76 @@ class Download:
         return ImageTar(store, folder, part)
 
 
-def _row(fetched: Fetched, image: StoredImage) -> dict[str, Any]:
-    return {
-        "sha256": image.sha256,
-        "source_sha256": image.source_sha256,
-        "source_format": image.source_format,
-        "source_width": image.source_width,
-        "source_height": image.source_height,
-        "width": image.width,
-        "height": image.height,
-        "final_url": fetched.final_url,
-        "content_type": fetched.content_type,
-        "http": fetched.http,
-        "phash": image.phash,
-        "image": image.jpeg,
-    }
+def _unexpected(row: Mapping[str, Any], body: bytes) -> str:
+    """In which hash the bytes are not those that the row expects; empty where they are, or none is expected."""
+    for kind in ("sha256", "md5"):
+        if wanted := row.get(f"expected_{kind}"):
+            found = hashlib.new(kind, body, usedforsecurity=False).hexdigest()
+            if found != wanted:
+                return f"{kind} {found[:16]}, expected {wanted[:16]}"
+    return ""
+
+
+def _result(made: dict[str, Any] | Exception) -> dict[str, Any] | Drop:
+    if isinstance(made, MemoryError):
+        return Drop("out_of_memory")
+    if isinstance(made, Exception) and not isinstance(made, Drop):
+        return Drop("error", f"{type(made).__name__}: {made}")
+    return made
 
 
 class ImageTar:
-    """The images of one part: `KEY.jpg` in the order of the rows."""
+    """The images of one part: a file of them as they come, then the tar, `KEY.jpg` in the order of the rows."""
 
     def __init__(self, store: Store, folder: str, part: int) -> None:
         self._store, self._folder, self._part = store, folder, part
         self._stack = ExitStack()
-        self._file = self._stack.enter_context(store.spool(f"{folder}/{part_name(part)}.tar"))
+        self._file = self._spool()
+
+    def _spool(self) -> BinaryIO:
+        return self._stack.enter_context(self._store.spool(f"{self._folder}/{part_name(self._part)}.tar"))
 
     def add(self, batch: pa.Table) -> pa.Table:
         """Append the batch's images; the columns `offset` and `size` stand for them."""
-        places: list[tuple[int | None, int | None]] = []
-        for key, image in zip(batch["key"].to_pylist(), batch["image"].to_pylist(), strict=True):
-            kept = image is not None
-            places.append((add_member(self._file, f"{key}.jpg", image), len(image)) if kept else (None, None))
-        table = batch.drop_columns(["image"])
-        for i, name in enumerate(_PLACE):
-            table = table.append_column(ADDS["download"].field(name), pa.array([p[i] for p in places], _type(name)))
-        return table
+        images = batch["image"].to_pylist()
+        places = [(None, None) if image is None else (self._file.tell(), self._file.write(image)) for image in images]
+        return _placed(batch.drop_columns(["image"]), places)
 
     def blobs(self, rows: pa.Table) -> pa.Table:
         """Put the images back into rows that `add` returned."""
-        places = zip(*(rows[name].to_pylist() for name in _PLACE), strict=True)
-        images = [None if size is None else read_range(self._file, offset, size) for offset, size in places]
+        images = pa.array(self._images(rows), pa.binary())
         self._file.seek(0, 2)
-        return rows.drop_columns(list(_PLACE)).append_column("image", pa.array(images, pa.binary()))
+        return rows.drop_columns(list(_PLACE)).append_column("image", images)
 
-    def close(self) -> dict[str, Any]:
-        """Publish the tar under its content's hash."""
-        end_tar(self._file)
-        size = self._file.tell()
-        self._file.seek(0)
-        digest = hashlib.file_digest(self._file, "sha256").hexdigest()  # type: ignore[arg-type]  # reads any file
+    def _images(self, rows: pa.Table) -> Iterator[bytes | None]:
+        for offset, size in zip(*(rows[name].to_pylist() for name in _PLACE), strict=True):
+            yield None if size is None else read_range(self._file, offset, size)
+
+    def close(self, rows: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
+        """Publish the tar of the rows under its content's hash; return them with their places in it."""
+        places: list[tuple[int | None, int | None]] = []
+        tar = self._spool()
+        for key, image in zip(rows["key"].to_pylist(), self._images(rows), strict=True):
+            places.append((None, None) if image is None else (add_member(tar, f"{key}.jpg", image), len(image)))
+        end_tar(tar)
+        size = tar.tell()
+        tar.seek(0)
+        digest = hashlib.file_digest(tar, "sha256").hexdigest()  # type: ignore[arg-type]  # reads any file
         name = f"{part_name(self._part)}.{digest[:16]}.tar"
-        self._store.publish(self._file, f"{self._folder}/{name}")
+        self._store.publish(tar, f"{self._folder}/{name}")
         self._stack.close()
-        return {"tar": {"name": name, "sha256": digest, "bytes": size}}
+        return _placed(rows, places), {"tar": {"name": name, "sha256": digest, "bytes": size}}
 
     def abort(self) -> None:
         """Drop the unfinished tar."""
         self._stack.close()
 
 
-def _type(name: str) -> pa.DataType:
-    return ADDS["download"].field(name).type
+def _placed(rows: pa.Table, places: Sequence[tuple[int | None, int | None]]) -> pa.Table:
+    """The rows with the columns `offset` and `size`, in the order of the step's table."""
+    for i, name in enumerate(_PLACE):
+        field = ADDS["download"].field(name)
+        column = pa.array([place[i] for place in places], field.type)
+        there = rows.schema.get_field_index(name)
+        rows = rows.append_column(field, column) if there < 0 else rows.set_column(there, field, column)
+    return rows

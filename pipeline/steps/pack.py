@@ -120,11 +120,11 @@ class Shards:
     def blobs(self, rows: pa.Table) -> None:
         """Packing again is quicker than saving half of it."""
 
-    def close(self) -> dict[str, Any]:
-        """Publish the last shard."""
+    def close(self, rows: pa.Table) -> tuple[pa.Table, dict[str, Any]]:
+        """Publish the last shard. Its samples lie as they came, in the order of the rows."""
         if self._file:
             self._finish()
-        return {"shards": self._done}
+        return rows, {"shards": self._done}
 
     def abort(self) -> None:
         """Drop the unfinished shard."""

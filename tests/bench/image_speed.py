@@ -84,13 +84,12 @@ def parts(data: bytes, side: int, quality: int) -> str:
 
     image = decoded()
     small = image.resize(size)
-    jpeg = encoded()
     took = {
         "clean": lambda: CLEANERS["JPEG"](data),
         "decode": decoded,
         **{f.name.lower(): lambda f=f: image.resize(size, f) for f in FILTERS if image.size != size},
         "encode": encoded,
-        "phash": lambda: phash(jpeg),
+        "phash": lambda: phash(small),
         "sha256": lambda: hashlib.sha256(data).hexdigest(),
     }
     if importlib.util.find_spec("simplejpeg"):

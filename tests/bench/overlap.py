@@ -13,14 +13,19 @@ import argparse
 import hashlib
 import json
 import os
+import subprocess
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 from tests.webserver import WebServer
-from tests.world import World
+from tests.world import ROOT, World
 from vesl.models.contract import Written
 
 PARTS, BATCHES, BATCH = 8, 8, 8
@@ -68,6 +73,35 @@ def two_threads(mebibytes: int, batches: int) -> float:
     return time.monotonic() - start
 
 
+def spent(process: psutil.Process) -> Counter[str]:
+    """CPU seconds of a process and all below it, so far, by what they are."""
+    found: Counter[str] = Counter()
+    for one in (process, *process.children(recursive=True)):
+        with suppress(psutil.Error):
+            scripts = [os.path.basename(word) for word in one.cmdline() if word.endswith(".py")]
+            times = one.cpu_times()
+            found["driver" if one == process else (scripts or [one.name()])[0]] += times.user + times.system
+    return found
+
+
+def watch(command: list[str], environment: dict[str, str], log: Path) -> tuple[list[float], Counter[str]]:
+    """When the model was called, and the CPU seconds by process from the end of the first part to that of the last."""
+
+    def calls() -> list[float]:
+        lines = log.read_text().splitlines() if log.exists() else []
+        return sorted(at for at, what in map(json.loads, lines) if what == "called")
+
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as running:
+        process, before, after = psutil.Process(running.pid), Counter[str](), Counter[str]()
+        while running.poll() is None:
+            time.sleep(0.2)
+            if (count := len(calls())) >= BATCHES:
+                before = before or spent(process)
+                after = after if count == PARTS * BATCHES and after else spent(process)
+    assert running.returncode == 0
+    return calls(), after - before
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engines", nargs="+", default=["local", "ray"])
@@ -86,16 +120,16 @@ def main() -> None:
             world.list_urls("a", world.images(batches * BATCH))
             log = Path(folder) / "log"
             environment = {"OVERLAP_LOG": str(log), "OVERLAP_MEBIBYTES": str(mebibytes)}
-            for step in ("download", "caption"):
-                done = world.run("run", "--until", step, env=environment)
-                assert done.returncode == 0, done.stderr
-            events = sorted(json.loads(line) for line in log.read_text().splitlines())
-        called = [at for at, what in events if what == "called"]
+            done = world.run("run", "--until", "download", env=environment)
+            assert done.returncode == 0, done.stderr
+            called, spent = watch(world.command("run", "--until", "caption"), world.env(environment), log)
         assert len(called) == batches
         took_s, counted = called[-1] - called[BATCHES - 1], batches - BATCHES
         best_s = max(two_threads(mebibytes, counted), counted * MODEL_S)
         rate, share = counted * BATCH / took_s, best_s / took_s
         print(f"{kind}: {rate:.1f} images/s, {share:.3f} of the best possible ({took_s:.1f} s, {best_s:.1f} s)")
+        used = ", ".join(f"{name} {seconds:.1f}" for name, seconds in spent.most_common() if seconds >= 0.05)
+        print(f"{kind}: CPU seconds of {2 * took_s:.1f} there were: {used}")
 
 
 if __name__ == "__main__":

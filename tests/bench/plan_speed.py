@@ -1,9 +1,13 @@
 """Time and memory of `vesl plan` and `vesl status` on a store of many parts whose footers are kept. By hand:
 
 python -m tests.bench.plan_speed 200000
+
+Beside the wall clock's, the seconds of CPU, of which there are as many on a machine that has other work to do. `killed`
+is `plan` after a run that was killed just before it would have kept the footers of what it had done.
 """
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -22,7 +26,13 @@ dataset: {name: many, source: none.jsonl}
 store: %s
 steps: {caption: {model: alt_text@1}, ground: {model: "tests.standins:grounder@1"}}
 """
+FIRST_LOOK = """
+import sys
+from vesl.pipeline import plan, recipe
+plan.make_plan(recipe.load(sys.argv[1]), write=True)
+"""
 ROWS = 5000
+UNKEPT = 5000  # tables that a killed run leaves, at most
 
 
 def fill(folder: Path, count: int) -> None:
@@ -34,7 +44,7 @@ def fill(folder: Path, count: int) -> None:
     store.replace("dataset.json", to_json({**head, "ingests": [ingest]}))
     empty = encode_table(INPUT.empty_table(), {"part": 0, "rows": ROWS})
     content = (store.footer("x.parquet") if store.create("x.parquet", empty) else None or {})["content"]  # type: ignore[index]
-    _write(store, "input/0", empty, count)
+    _write(store, "input/0", empty, range(count))
     for i, step in enumerate(chain(recipe, store)):
         counts = {"kept": ROWS // (i + 1), "rejected": {"taken_down": 7}, "failed": {"error": 12 + i}}
         footer = {"step": step.name, "fingerprint": step.fingerprint, "part": 0, "parent": content, "rows": ROWS}
@@ -46,38 +56,52 @@ def fill(folder: Path, count: int) -> None:
         store.replace("x.parquet", data)
         content = (store.footer("x.parquet") or {})["content"]
         store.replace(f"{step.folder}/step.json", to_json(step.inputs))
-        _write(store, step.folder, data, count - (count // 10 if i > 2 else 0))
+        _write(store, step.folder, data, range(count - (count // 10 if i > 2 else 0)))
+        about = {"kind": "done", "at": 0.0, "step": step.name, "rows": ROWS, "fresh": True}
+        events = [{**about, "part": part, "seconds": 300.0 + part % 7} for part in range(1000)]
+        store.replace(f"runs/20260101-000000-there/events-{i:05d}.json", json.dumps(events).encode())
+    fingerprints = {step.name: step.fingerprint for step in chain(recipe, store)}
+    record = {"state": "done", "host": "there", "pid": 1, "updated": 0.0, "progress": {}, "steps": fingerprints}
+    store.replace("runs/20260101-000000-there/run.json", to_json(record))
 
 
-def _write(store: Store, folder: str, data: bytes, count: int) -> None:
+def _write(store: Store, folder: str, data: bytes, parts: range) -> None:
     """The same bytes under each part's name, as links to a few files: only their names and stamps matter here."""
     os.makedirs(store.path(folder), exist_ok=True)
-    for part in range(count):
+    for part in parts:
+        path = Path(store.path(f"{folder}/{part_name(part)}.parquet"))
+        path.unlink(missing_ok=True)
         if part % 10_000 == 0:
-            first = store.path(f"{folder}/{part_name(part)}.parquet")
-            Path(first).write_bytes(data)
+            first = path
+            path.write_bytes(data)
         else:
-            os.link(first, store.path(f"{folder}/{part_name(part)}.parquet"))
+            os.link(first, path)
+
+
+def timed(name: str, *command: str) -> None:
+    """Run a command of Python; print its seconds, and MiB at most."""
+    begun = time.monotonic()
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL)
+    _, code, usage = os.wait4(process.pid, 0)
+    cpu = usage.ru_utime + usage.ru_stime
+    taken = f"{time.monotonic() - begun:.1f} s, {cpu:.1f} s of CPU, {usage.ru_maxrss >> 10} MiB"
+    print(f"{name}: {taken}, exit code {code}", flush=True)
 
 
 def main(count: int) -> None:
-    """Print seconds and MiB: of the first look, which reads every footer and keeps them, and of the commands after."""
+    """Print what the commands take: the first look, which reads every footer and keeps them, and those after it."""
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as name:
         folder = Path(name)
-        (folder / "recipe.yaml").write_text(RECIPE % (folder / "store"))
+        recipe = str(folder / "recipe.yaml")
+        Path(recipe).write_text(RECIPE % (folder / "store"))
         fill(folder, count)
-        begun = time.monotonic()
-        make_plan(load(str(folder / "recipe.yaml")), write=True)
-        print(f"first look: {time.monotonic() - begun:.1f} s", flush=True)
+        timed("first look", "-c", FIRST_LOOK, recipe)
         for command in ("plan", "status"):
-            begun = time.monotonic()
-            process = subprocess.Popen(
-                [sys.executable, "-m", "vesl.pipeline.cli", command, str(folder / "recipe.yaml")],
-                stdout=subprocess.DEVNULL,
-            )
-            _, code, usage = os.wait4(process.pid, 0)
-            taken = time.monotonic() - begun
-            print(f"{command}: {taken:.1f} s, {usage.ru_maxrss >> 10} MiB, exit code {code}", flush=True)
+            timed(command, "-m", "vesl.pipeline.cli", command, recipe)
+        plan = make_plan(load(recipe))
+        table = plan.steps[-1].table(0)
+        _write(plan.store, plan.steps[-1].folder, plan.store.read(table), range(min(UNKEPT, count)))
+        timed("killed", "-m", "vesl.pipeline.cli", "plan", recipe)
 
 
 if __name__ == "__main__":

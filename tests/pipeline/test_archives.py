@@ -33,6 +33,7 @@ from vesl.pipeline.work import incoming
 from vesl.transforms import urls
 from vesl.transforms.images import ImageRule, normalise
 from vesl.transforms.outcomes import Drop
+from vesl.transforms.records import ARCHIVED
 from vesl.transforms.shards import add_member, end_tar
 
 Rows = list[tuple[str, str | None, bytes | None]]
@@ -261,11 +262,11 @@ def test_what_goes_wrong_between_ingest_and_download(tmp_path: Path) -> None:
     images = table["jpg"].to_pylist()
     images[0], images[3] = b"<html>", None
     pq.write_table(table.set_column(table.num_columns - 1, "jpg", pa.array(images)), tmp_path / "bad" / "00000.parquet")
+    data = (tmp_path / "cut" / "00001.tar").read_bytes()
+    (tmp_path / "cut" / "00001.tar").write_bytes(data[: len(data) // 2])  # before: later it would be another archive
     store = Store(str(tmp_path / "store"))
     dataset = take(store, str(tmp_path / "*" / "*"), **AUTO)
     shutil.rmtree(tmp_path / "gone")
-    data = (tmp_path / "cut" / "00001.tar").read_bytes()
-    (tmp_path / "cut" / "00001.tar").write_bytes(data[: len(data) // 2])
     write(tmp_path / "new", "webdataset", samples(1), 2)
     shutil.copy(tmp_path / "new" / "00002.tar", tmp_path / "other" / "00002.tar")
     by_set: dict[str, list[str | None]] = {}
@@ -274,7 +275,29 @@ def test_what_goes_wrong_between_ingest_and_download(tmp_path: Path) -> None:
     assert by_set["bad"] == ["not_an_image", "decode_error", "too_small", "archive_missing"]
     assert by_set["gone"] == ["archive_missing"] * 4
     assert by_set["cut"] == [None, None, "archive_damaged", "archive_damaged"]
-    assert by_set["other"] == [None, "archive_missing", "archive_missing", "archive_missing"]
+    assert by_set["other"] == ["archive_changed"] * 4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_archive_that_was_exchanged_gives_no_row_another_s_image(tmp_path: Path, layout: str) -> None:
+    """Its samples have the names, or the rows, of those that ingest read. A copy is the same archive."""
+    write(tmp_path / "set", layout, samples(3))
+    store = Store(str(tmp_path / "store"))
+    dataset = take(store, str(tmp_path / "set" / "*"), **AUTO)
+    want = [row["sha256"] for row in download(store, dataset)]
+    table = store.read_table(input_tables(dataset)[0])
+    os.rename(tmp_path / "set", tmp_path / "before")
+    shutil.copytree(tmp_path / "before", tmp_path / "set", copy_function=shutil.copyfile)
+    assert [row["sha256"] for row in download(store, dataset)] == want
+    shutil.rmtree(tmp_path / "set")
+    write(tmp_path / "set", layout, samples(3, 50))
+    found = download(store, dataset)
+    assert [row["reason"] for row in found] == ["archive_changed"] * 3
+    assert "its stamp was" in found[0]["detail"]
+    places = [{**place, "stamp": None} for place in table["archived"].to_pylist()]  # as older stores have it
+    old = pa.array(places, pa.struct(list(ARCHIVED)[:3]))
+    old_rows = table.set_column(table.schema.get_field_index("archived"), "archived", old)
+    assert Download().at(Place(store, 1)).open()(old_rows)["outcome"].to_pylist() == ["kept"] * 3
 
 
 def test_limits_and_lists_of_domains_hold_for_archives_too(tmp_path: Path) -> None:
@@ -333,13 +356,13 @@ def test_a_table_that_says_one_image_a_million_times(tmp_path: Path) -> None:
 def test_a_table_with_a_bad_page(tmp_path: Path) -> None:
     write(tmp_path, "parquet", samples(3))
     path = tmp_path / "00000.parquet"
-    store = Store(str(tmp_path / "store"))
-    dataset = take(store, str(path), **AUTO)
     data = bytearray(path.read_bytes())
     chunk = pq.read_metadata(path).row_group(0).column(pq.read_schema(path).names.index("jpg"))
     start = chunk.dictionary_page_offset or chunk.data_page_offset
     data[start : start + 40] = b"\xff" * 40
     path.write_bytes(data)
+    store = Store(str(tmp_path / "store"))
+    dataset = take(store, str(path), **AUTO)
     assert [row["reason"] for row in download(store, dataset)] == ["archive_damaged"] * 3
 
 

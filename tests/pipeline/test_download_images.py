@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from tests import webserver as web
 from tests.photos import photo
 from tests.pipeline.test_recipe import GOOD, fingerprints, read
 from tests.webserver import WebServer
@@ -18,6 +20,7 @@ from tests.world import World, jpeg
 from vesl.pipeline.fetch import FetchRule
 from vesl.pipeline.plan import make_plan
 from vesl.pipeline.recipe import RecipeError
+from vesl.pipeline.steps import download as step
 from vesl.pipeline.steps.download import Download
 from vesl.transforms.images import ImageRule, Resize, normalise
 
@@ -67,9 +70,36 @@ def test_digests_are_checked(server: WebServer) -> None:
     assert {row["outcome"] for row in rows if row["reason"] == wrong} == {"rejected"}
     assert rows[1]["detail"] == f"sha256 {sha256(good)[:16]}, expected 0000000000000000"
     assert rows[3]["detail"] == f"md5 {md5(good)[:16]}, expected 0000000000000000"
-    assert "; not_an_image: starts with" in rows[6]["detail"]
+    assert rows[6]["detail"] == f"sha256 {sha256(page)[:16]}, expected 0000000000000000"  # no decoder saw it
     assert all(row["drift_bits"] is None for row in rows)
     assert all((row["image"] is None) == (row["outcome"] != "kept") for row in rows)
+
+
+def test_bytes_that_are_not_expected_reach_no_decoder(server: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[bytes] = []
+    monkeypatch.setattr(step, "normalise", lambda body, rule: (decoded.append(body), normalise(body, rule))[1])
+    bodies = [jpeg(n) for n in range(4)]
+    urls = [server.add(f"/{n}", data) for n, data in enumerate(bodies)]
+    expected: dict[str, list[Any]] = {
+        "expected_sha256": [ZERO, None, sha256(bodies[2]), None],
+        "expected_md5": [None, ZERO[:32], None, None],
+        "expected_phash": [0, None, None, None],
+    }
+    rows = download(urls, Download(fetch=FETCH), **expected)
+    assert outcomes(rows) == ["hash_mismatch", "hash_mismatch", "kept", "kept"]
+    assert sorted(decoded) == sorted(bodies[2:])
+    decoded.clear()
+    assert outcomes(download(urls, Download(fetch=FETCH, max_drift_bits=4), **expected))[:2] == ["hash_mismatch"] * 2
+    assert sorted(decoded) == sorted([bodies[0], *bodies[2:]])  # what may have drifted has to be looked at
+
+
+def test_the_time_of_the_answer_is_kept(server: WebServer) -> None:
+    urls = [server.add("/a", jpeg(1)), server.add("/b", b"no image"), server.add("/c", web.late(jpeg(2), 0.3))]
+    begun = datetime.now(UTC) - timedelta(milliseconds=1)
+    first, failed, late = (row["fetched_at"] for row in download(urls, Download(fetch=FETCH)))
+    assert begun <= first <= late - timedelta(seconds=0.2)
+    assert late <= datetime.now(UTC)
+    assert failed is None
 
 
 def test_without_columns_nothing_is_expected(server: WebServer) -> None:

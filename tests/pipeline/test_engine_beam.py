@@ -3,26 +3,27 @@
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import psutil
 import pytest
-from PIL import Image
 
+from tests.pipeline.test_engine_ray import one_hangs_and_one_is_leased
 from tests.webserver import WebServer
 from tests.world import World
-from vesl.models.contract import ModelError, PlainCaptioner
+from vesl.models.contract import ModelError
 from vesl.pipeline import leases
-from vesl.pipeline.engines import Engine, EngineError, Event, Resources, beam
+from vesl.pipeline.engines import Engine, EngineError, Event, Resources, beam, worker
 from vesl.pipeline.engines.beam_steps import through
 from vesl.pipeline.ingest import ingest
 from vesl.pipeline.plan import Plan, make_plan
-from vesl.pipeline.run import _ingest
-from vesl.pipeline.store import Store, wip
+from vesl.pipeline.store import Store
 
 MADE = ("caption", "phrases", "ground", "select", "pack")
 
@@ -243,37 +244,11 @@ def test_beam_is_not_installed(made: World, monkeypatch: pytest.MonkeyPatch) -> 
         beam.run(plan.job(), (0,), replace(plan.recipe.engine), lambda event: None)
 
 
-def hanging() -> PlainCaptioner:
-    """Hangs where the alt text says so."""
-
-    def caption(images: Sequence[Image.Image], alt_texts: Sequence[str]) -> list[list[str]]:
-        if "hang" in alt_texts:
-            time.sleep(600)
-        return [[text] for text in alt_texts]
-
-    return caption
-
-
 def test_a_part_that_hangs_is_given_up_and_one_of_another_run_is_waited_for(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(leases, "POLL_S", 0.1)
-    world.list_urls("a", world.images(15, captions={4: "hang"}))
-    world.document["steps"]["caption"]["model"] = "tests.pipeline.test_engine_beam:hanging@1"
-    world.write()
-    plan = _ingest(world.load(), "caption")
-    alts = [plan.store.read_table(name, ["alt_text"])["alt_text"].to_pylist() for name in plan.job().inputs]
-    bad = next(part for part, texts in enumerate(alts) if "hang" in texts)
-    other = (bad + 1) % 3
-    lease = f"{wip(plan.steps[1].table(other))}/lease-00000"
-    plan.store.create(lease, b"{}")
-    events: list[Event] = []
-
-    def listen(event: Event) -> None:
-        events.append(event)
-        if event.kind == "wait":
-            plan.store.remove(lease)
-
+    plan, bad, _, events, listen = one_hangs_and_one_is_leased(world, 3)
     engine = Engine(kind="beam", silence_limit_s=10, caption=Resources(workers=1))
     beam.run(replace(plan.job(), run="mine"), plan.todo(), engine, listen)
     assert of(events, "retry") == of(events, "lost") == [("caption", bad)]
@@ -288,3 +263,30 @@ def test_a_part_that_hangs_is_given_up_and_one_of_another_run_is_waited_for(
     leases.give_back(plan.store, [step.folder for step in plan.steps], "mine")  # as `vesl run` does at its end
     assert not list(Path(world.store).rglob("lease-*"))
     assert "engine beam has no workers of single steps: not used for caption" in capsys.readouterr().err
+
+
+def test_of_two_silent_attempts_the_one_whose_turn_it_is_with_the_model_is_blamed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    blamed, over, ended = SimpleQueue[str](), threading.Event(), threading.Event()
+    monkeypatch.setattr(worker, "_TICK_S", 0.05)
+    monkeypatch.setattr(worker.os, "_exit", lambda code: ended.set() or threading.Event().wait())
+    turn = worker.Turn()
+    watch = worker.Watch(Engine(silence_limit_s=0.5), turn)
+
+    def attempt(name: str, busy: threading.Event) -> None:
+        with watch.over(lambda why: blamed.put(name)):
+            if name == "second":
+                turn.take()
+            busy.set()
+            over.wait(20)
+            turn.close()
+
+    for name in ("first", "second"):
+        threading.Thread(target=attempt, args=(name, busy := threading.Event()), daemon=True).start()
+        busy.wait()
+    try:
+        assert blamed.get(timeout=10) == "second"
+        assert ended.wait(10)  # before the real one is back
+    finally:
+        over.set()

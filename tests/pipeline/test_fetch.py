@@ -7,7 +7,7 @@ import threading
 import time
 import tracemalloc
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from ipaddress import ip_network
@@ -19,7 +19,7 @@ import pytest
 from tests import webserver as web
 from tests.webserver import WebServer
 from vesl.pipeline.connect import is_blocked
-from vesl.pipeline.fetch import FetchRule, fetch_all
+from vesl.pipeline.fetch import Fetcher, FetchRule, fetch_all, take_all
 from vesl.pipeline.request import Fetched
 from vesl.transforms.outcomes import REASONS, Drop
 
@@ -32,6 +32,11 @@ BODY = bytes(range(256)) * 300
 
 def keep(fetched: Fetched) -> Fetched:
     return fetched
+
+
+def fetched(fetcher: Fetcher[Fetched], urls: Sequence[str]) -> list[Fetched | Exception]:
+    """What a fetcher makes of URLs that are all submitted at once."""
+    return take_all([fetcher.submit(url, keep) for url in urls])
 
 
 def fetch(url: str, rule: FetchRule = QUICK) -> Fetched:

@@ -1,18 +1,19 @@
-"""Batches that stream: no straggler holds up the rest, memory stays bounded, nothing is left of what is given up."""
+"""URLs that stream: no straggler holds up the rest, memory stays bounded, nothing is left of what is given up."""
 
+import asyncio
 import gc
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 
 from tests import webserver as web
-from tests.pipeline.test_fetch import LOOPBACK, keep
+from tests.pipeline.test_fetch import LOOPBACK, fetched
 from tests.webserver import WebServer
-from vesl.pipeline.fetch import Fetcher, FetchRule
+from vesl.pipeline.fetch import Fetcher, FetchRule, Made, take_all
 from vesl.pipeline.request import Fetched
 
 RULE = FetchRule(allow_networks=LOOPBACK, host_concurrency=None)
@@ -28,8 +29,8 @@ def server() -> Iterator[WebServer]:
 def fetchers() -> Iterator[Callable[..., Fetcher[int]]]:
     opened: list[Fetcher[int]] = []
 
-    def make(rule: FetchRule = RULE, use: Callable[[Fetched], int] = lambda fetched: len(fetched.body)) -> Fetcher[int]:
-        opened.append(Fetcher(rule, use, lambda size: size))
+    def make(rule: FetchRule = RULE) -> Fetcher[int]:
+        opened.append(Fetcher(rule, lambda size: size))
         return opened[-1]
 
     yield make
@@ -37,53 +38,79 @@ def fetchers() -> Iterator[Callable[..., Fetcher[int]]]:
         fetcher.close()
 
 
-def test_a_straggler_holds_up_its_own_batch_only(server: WebServer, fetchers: Callable[..., Fetcher[int]]) -> None:
+def size(fetched: Fetched) -> int:
+    return len(fetched.body)
+
+
+def submit(fetcher: Fetcher[int], urls: Sequence[str]) -> list[Future[Made[int]]]:
+    return [fetcher.submit(url, size) for url in urls]
+
+
+def test_a_straggler_holds_up_no_other(server: WebServer, fetchers: Callable[..., Fetcher[int]]) -> None:
     fetcher = fetchers()
     release = threading.Event()
     slow = server.add("/slow", lambda peer: (release.wait(8), web.body(b"x")(peer)))
-    first = fetcher.submit([slow, server.add("/0", b"x")])
-    for n in range(1, 5):
-        assert fetcher.submit([server.add(f"/{n}", b"x" * n)]).result() == [n]
+    first = submit(fetcher, [slow, server.add("/0", b"xx")])
+    assert take_all(submit(fetcher, [server.add(f"/{n}", b"x" * n) for n in range(1, 5)])) == [1, 2, 3, 4]
+    assert first[1].result().take() == 2
+    assert not first[0].done()
     release.set()
-    assert first.result() == [1, 1]
+    assert first[0].result().take() == 1
 
 
 def test_a_thousand_are_in_flight(server: WebServer, fetchers: Callable[..., Fetcher[int]]) -> None:
     barrier = threading.Barrier(1000)
     urls = [server.add(f"/{n}", lambda peer: (barrier.wait(60), web.body(b"x")(peer))) for n in range(1000)]
     fetcher = fetchers(replace(RULE, connect_timeout_s=60, read_timeout_s=60, total_timeout_s=60))
-    batches = [fetcher.submit(urls[at : at + 100]) for at in range(0, 1000, 100)]
-    assert [batch.result() for batch in batches] == [[1] * 100] * 10  # none was answered before all had asked
+    assert take_all(submit(fetcher, urls)) == [1] * 1000  # none was answered before all had asked
 
 
-def test_bodies_in_memory_are_bounded(server: WebServer, fetchers: Callable[..., Fetcher[int]]) -> None:
-    size = 1_000_000
-    urls = [server.add(f"/{n}", bytes(size)) for n in range(150)]
+def test_bodies_and_results_in_memory_are_bounded(server: WebServer, fetchers: Callable[..., Fetcher[int]]) -> None:
+    large = 1_000_000
     fetcher = fetchers(replace(RULE, buffer_mib=8, read_timeout_s=60, total_timeout_s=60))
-    batches = [fetcher.submit(urls[at : at + 10]) for at in range(0, 150, 10)]
+    futures = submit(fetcher, [server.add(f"/{n}", bytes(large)) for n in range(60)])
     most = 0
     for _ in range(150):  # nobody takes the results, each of which weighs as much as its body
         most = max(most, fetcher._memory.held)
         time.sleep(0.01)
-    assert [batch.result() for batch in batches] == [[size] * 10] * 15
-    assert 8_000_000 < most <= (8 << 20) + 11 * size  # and the first batch, which nothing holds up
+    assert take_all(futures) == [large] * 60
+    assert 7_000_000 < most <= (8 << 20) + large
+    assert held(fetcher) == 0
+
+
+def held(fetcher: Fetcher[int]) -> int:
+    """Bytes that stay, once the loop has done what it was told to."""
+    asyncio.run_coroutine_threadsafe(asyncio.sleep(0.05), fetcher._loop).result()
+    return fetcher._memory.held
+
+
+def test_results_that_nobody_takes_any_more_are_forgotten(
+    server: WebServer, fetchers: Callable[..., Fetcher[int]]
+) -> None:
+    fetcher = fetchers(replace(RULE, buffer_mib=1))
+    futures = submit(fetcher, [server.add("/big", bytes(3_000_000))])
+    futures[0].result()
+    assert held(fetcher) == 3_000_000
+    futures.clear()
+    gc.collect()
+    assert held(fetcher) == 0
 
 
 def test_a_body_that_is_read_counts_without_its_connection(
     server: WebServer, fetchers: Callable[..., Fetcher[int]]
 ) -> None:
-    held: list[int] = []
+    counted: list[int] = []
 
     def use(fetched: Fetched) -> int:
-        held.append(fetcher._memory.held)
+        counted.append(fetcher._memory.held)
         return 0
 
-    fetcher = fetchers(RULE, use)
-    assert fetcher.submit([server.add("/", bytes(300_000))]).result() == [0]
-    assert held == [300_000]
+    fetcher = fetchers(RULE)
+    assert fetcher.submit(server.add("/", bytes(300_000)), use).result().take() == 0
+    assert counted == [300_000]
 
 
-def test_a_batch_that_nobody_wants_is_given_up(server: WebServer, fetchers: Callable[..., Fetcher[int]]) -> None:
+def test_what_nobody_wants_is_given_up(server: WebServer, fetchers: Callable[..., Fetcher[int]]) -> None:
     fetcher = fetchers(replace(RULE, buffer_mib=1))
     ended = threading.Event()
 
@@ -98,25 +125,23 @@ def test_a_batch_that_nobody_wants_is_given_up(server: WebServer, fetchers: Call
         finally:
             ended.set()
 
-    batch = fetcher.submit([server.add("/slow", slow), server.add("/big", bytes(3_000_000))])
+    futures = submit(fetcher, [server.add("/slow", slow), server.add("/big", bytes(3_000_000))])
     while sum(server.hits.values()) < 2:
         time.sleep(0.01)
-    del batch
-    gc.collect()
+    for future in futures:
+        future.cancel()
     assert ended.wait(5)
-    assert fetcher.submit([server.add("/next", b"x")]).result() == [1]
-    time.sleep(0.1)
-    assert fetcher._memory.held == 0
+    futures.clear()
+    assert take_all(submit(fetcher, [server.add("/next", b"x")])) == [1]
+    assert held(fetcher) == 0
 
 
-def test_over_the_limit_the_first_batch_goes_on(server: WebServer, fetchers: Callable[..., Fetcher[int]]) -> None:
+def test_over_the_limit_the_first_goes_on(server: WebServer, fetchers: Callable[..., Fetcher[int]]) -> None:
     fetcher = fetchers(replace(RULE, buffer_mib=1))
-    late = [server.add("/late", web.late(bytes(3_000_000), 0.5))]
-    first = fetcher.submit(late)
-    rest = [fetcher.submit([server.add(f"/{n}", bytes(700_000))]) for n in range(6)]
+    urls = [server.add("/late", web.late(bytes(3_000_000), 0.5))]
+    urls += [server.add(f"/{n}", bytes(700_000)) for n in range(6)]
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(first.result).result(10) == [3_000_000]
-    assert [batch.result() for batch in rest] == [[700_000]] * 6
+        assert pool.submit(take_all, submit(fetcher, urls)).result(10) == [3_000_000] + [700_000] * 6
 
 
 def test_what_may_pass_is_tried_again(server: WebServer, fetchers: Callable[..., Fetcher[int]]) -> None:
@@ -130,14 +155,14 @@ def test_what_may_pass_is_tried_again(server: WebServer, fetchers: Callable[...,
         server.add("/twice", fail(2, web.status(502))),
         server.add("/gone", fail(1, web.status(404))),
     ]
-    results = fetchers(replace(RULE, retries=1)).submit(urls).result()
+    results = take_all(submit(fetchers(replace(RULE, retries=1)), urls))
     assert [getattr(r, "reason", r) for r in results] == [1, 1, "http_5xx", "http_4xx"]
     assert [server.hits[path] for path in ("/once", "/reset", "/twice", "/gone")] == [2, 2, 2, 1]
 
 
 def test_an_error_of_weighing_is_the_row_s(server: WebServer) -> None:
-    fetcher = Fetcher(RULE, keep, lambda fetched: 1 // 0)
-    (result,) = fetcher.submit([server.add("/", b"x")]).result()
+    fetcher = Fetcher[Fetched](RULE, lambda fetched: 1 // 0)
+    (result,) = fetched(fetcher, [server.add("/", b"x")])
     fetcher.close()
     assert isinstance(result, ZeroDivisionError)
 
@@ -154,8 +179,7 @@ def test_rows_that_wait_for_memory_cannot_lock_out_the_first(
             peer.wait(0.4)
             web.redirect(other.add("/target", b"x"))(peer)
 
-        first = fetcher.submit([server.add("/first", late_redirect), server.add("/full", bytes(1_200_000))])
-        rest = [fetcher.submit([other.add(f"/{n}", bytes(900_000))]) for n in range(4)]
+        urls = [server.add("/first", late_redirect), server.add("/full", bytes(1_200_000))]
+        urls += [other.add(f"/{n}", bytes(900_000)) for n in range(4)]
         with ThreadPoolExecutor(1) as pool:
-            assert pool.submit(first.result).result(20) == [1, 1_200_000]
-        assert [batch.result() for batch in rest] == [[900_000]] * 4
+            assert pool.submit(take_all, submit(fetcher, urls)).result(20) == [1, 1_200_000] + [900_000] * 4

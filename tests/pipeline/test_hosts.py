@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests import webserver as web
-from tests.pipeline.test_fetch import LOOPBACK, keep
+from tests.pipeline.test_fetch import LOOPBACK, fetched, keep
 from tests.webserver import WebServer
 from tests.world import World, jpeg
-from vesl.pipeline.fetch import Fetcher, FetchRule, fetch_all
+from vesl.pipeline.fetch import Fetcher, FetchRule, fetch_all, take_all
 from vesl.pipeline.hosts import Hosts, network_hint, retry_after
 from vesl.pipeline.request import Fetched
 from vesl.pipeline.stage import Place
@@ -52,9 +52,9 @@ def test_four_workers_keep_within_the_connections_of_the_run(world: World) -> No
 
 def test_a_share_below_one_connection_is_a_share_of_the_time(server: WebServer, tmp_path: Path) -> None:
     urls = [server.add(f"/{n}", web.late(b"x", 0.1)) for n in range(3)]
-    fetcher = Fetcher(replace(RULE, host_concurrency=1), keep, place=Place(Store(str(tmp_path)), 3))
+    fetcher = Fetcher[Fetched](replace(RULE, host_concurrency=1), place=Place(Store(str(tmp_path)), 3))
     start = time.monotonic()
-    assert outcomes(fetcher.submit(urls).result()) == ["kept"] * 3
+    assert outcomes(fetched(fetcher, urls)) == ["kept"] * 3
     fetcher.close()
     assert server.most == 1
     assert time.monotonic() - start > 0.1 + 2 * 0.3  # each is followed by twice its own time of rest
@@ -68,8 +68,8 @@ def test_the_rate_of_a_host_is_divided_over_the_workers(server: WebServer, tmp_p
         web.body(b"x")(peer)
 
     urls = [server.add(f"/{n}", note) for n in range(5)]
-    fetcher = Fetcher(replace(RULE, host_rate_per_s=20), keep, place=Place(Store(str(tmp_path)), 2))
-    assert outcomes(fetcher.submit(urls).result()) == ["kept"] * 5
+    fetcher = Fetcher[Fetched](replace(RULE, host_rate_per_s=20), place=Place(Store(str(tmp_path)), 2))
+    assert outcomes(fetched(fetcher, urls)) == ["kept"] * 5
     fetcher.close()
     assert times[-1] - times[0] > 4 * 0.1 - 0.05
 
@@ -79,12 +79,12 @@ def test_one_busy_host_does_not_hold_up_another(server: WebServer) -> None:
         busy = [server.add(f"/{n}", web.late(b"x", 0.3)) for n in range(6)]
         quick = [other.add(f"/{n}", b"x") for n in range(6)]
         rule = FetchRule(allow_networks=("127.0.0.0/8",), host_concurrency=1, concurrency=2)
-        fetcher = Fetcher(rule, keep)
-        slow = fetcher.submit(busy)
+        fetcher = Fetcher[Fetched](rule)
+        slow = [fetcher.submit(url, keep) for url in busy]
         start = time.monotonic()
-        assert outcomes(fetcher.submit(quick).result()) == ["kept"] * 6
+        assert outcomes(fetched(fetcher, quick)) == ["kept"] * 6
         assert time.monotonic() - start < 1.2
-        assert outcomes(slow.result()) == ["kept"] * 6
+        assert outcomes(take_all(slow)) == ["kept"] * 6
         fetcher.close()
 
 
@@ -120,8 +120,8 @@ def test_rows_of_one_host_share_its_connections(server: WebServer) -> None:
 
 def test_a_connection_that_nobody_waits_for_is_closed(server: WebServer, tmp_path: Path) -> None:
     fetch_all([server.add("/alone", stays)], RULE, keep)
-    fetcher = Fetcher(replace(RULE, host_concurrency=2), keep, place=Place(Store(str(tmp_path)), 3))  # nor where others
-    assert outcomes(fetcher.submit([server.add(f"/{n}", stays) for n in range(3)]).result()) == ["kept"] * 3
+    fetcher = Fetcher[Fetched](replace(RULE, host_concurrency=2), place=Place(Store(str(tmp_path)), 3))
+    assert outcomes(fetched(fetcher, [server.add(f"/{n}", stays) for n in range(3)])) == ["kept"] * 3
     fetcher.close()
     assert server.connections == 4
     assert all(b"connection: close" in request.lower() for request in server.requests)

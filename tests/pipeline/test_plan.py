@@ -8,7 +8,7 @@ import pytest
 
 from tests.world import World
 from vesl.pipeline import parts
-from vesl.pipeline.parts import KEPT, keep, look
+from vesl.pipeline.parts import KEPT, look, together
 from vesl.pipeline.plan import Plan, make_plan
 from vesl.pipeline.progress import Tally
 from vesl.pipeline.store import Store, encode_table
@@ -46,7 +46,7 @@ def test_kept_footers_are_read_once_and_again_where_a_table_changed(
     store.replace(f"{folder}/part-00002.parquet.wip/x", b"no table")
     seen = reads(store, monkeypatch)
     asked = [*numbers, 5, 99_999]
-    found = keep(store, folder, look(store, folder, sorted(asked)))
+    found = look(store, folder, sorted(asked)).keep()
     assert list(found) == numbers
     assert len(seen) == 6
     again = look(store, folder, sorted(asked))
@@ -56,7 +56,7 @@ def test_kept_footers_are_read_once_and_again_where_a_table_changed(
     total = again.total(numbers[:3])
     assert (total["parts"], total["rows"]) == (3, 30)
     assert total["counts"] == {"kept": 27, "rejected": {"taken_down": 3}, "failed": {"error": 8}}
-    assert again.total(numbers)["bytes"] == sum(size + 1000 for _, _, size in store.stamps(folder, ["part-"]))
+    assert again.total(numbers)["bytes"] == sum(store.stamps(folder, ["part-"])["size"].to_pylist()) + 6000
     late = look(store, folder, numbers)  # whose whole footers are asked for when others are kept
     put(store, 7, 11)
     store.remove(f"{folder}/part-12345.parquet")
@@ -67,7 +67,7 @@ def test_kept_footers_are_read_once_and_again_where_a_table_changed(
     assert [now[part]["rows"] for part in now] == [10, 10, 11, 3, 10, 10]
     assert list(look(store, folder, [1, 7, 100_000])) == [1, 7, 100_000]
     store.remove(f"{folder}/{KEPT}")
-    keep(store, folder, look(store, folder, [0, 1, 7, 12_346]))
+    look(store, folder, [0, 1, 7, 12_346]).keep()
     assert (late[1]["rows"], late[100_000]["part"]) == (10, 100_000)
 
 
@@ -77,7 +77,7 @@ def test_kept_footers_that_cannot_be_used_are_made_anew(tmp_path: Path, small: N
     for part in range(5):
         put(store, part, 10)
     store.replace(f"{folder}/{KEPT}", damage)
-    found = keep(store, folder, look(store, folder, range(5)))
+    found = look(store, folder, range(5)).keep()
     assert [found[part]["rows"] for part in range(5)] == [10] * 5
     assert look(store, folder, range(5)).fresh == 0
 
@@ -88,10 +88,35 @@ def test_a_table_that_is_written_again_within_one_tick_of_the_clock_is_read_agai
         put(store, part, 10)
     path = tmp_path / folder / "part-00001.parquet"
     os.utime(path, ns=(10**18, 10**18))
-    keep(store, folder, look(store, folder, range(3)))
+    look(store, folder, range(3)).keep()
     put(store, 1, 1_234_567)
     os.utime(path, ns=(10**18, 10**18))
     assert look(store, folder, range(3))[1]["rows"] == 1_234_567
+
+
+def test_reasons_that_come_later_are_counted_beside_those_that_are_kept(store: Store, small: None) -> None:
+    folders = {0: "input/0123456789ab", 4: "input/ba9876543210"}
+    for part in range(8):
+        put(store, part, 10, folders[part // 4 * 4])
+    for folder in folders.values():
+        look(store, folder, range(8)).keep()
+    footer = {
+        "part": 9,
+        "parent": "0",
+        "rows": 6,
+        "counts": {"kept": 1, "rejected": {"tiny": 2}, "failed": {"late": 3}},
+    }
+    store.replace(f"{folders[4]}/part-00009.parquet", encode_table(INPUT.empty_table(), footer))
+    found = together(store, {first: look(store, folder, range(10)) for first, folder in folders.items()})
+    assert (list(found), found.fresh) == ([*range(8), 9], 1)
+    assert found.total([3, 4, 8, 9])["counts"] == {
+        "kept": 19,
+        "rejected": {"taken_down": 2, "tiny": 2},
+        "failed": {"error": 7, "late": 3},
+    }
+    for folder in folders.values():
+        store.remove(f"{folder}/{KEPT}")  # the whole footers are then read from the tables
+    assert [found[part]["part"] for part in found] == [*range(8), 9]
 
 
 @pytest.mark.parametrize("command", ["plan", "status", "report"])

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests import webserver as web
-from tests.pipeline.test_fetch import QUICK
+from tests.pipeline.test_fetch import QUICK, fetched
 from tests.webserver import WebServer
 from tests.world import World, jpeg
 from vesl.pipeline.fetch import Fetcher, FetchRule
@@ -37,8 +37,8 @@ def store(tmp_path: Path) -> Store:
 
 
 def ask(urls: list[str], respect: RespectRule, store: Store | None = None, rule: FetchRule = QUICK) -> list[Any]:
-    fetcher = Fetcher(rule, lambda fetched: fetched, place=Place(store, 1) if store else None, respect=respect)
-    results = fetcher.submit(urls).result()
+    fetcher = Fetcher[Fetched](rule, place=Place(store, 1) if store else None, respect=respect)
+    results = fetched(fetcher, urls)
     fetcher.close()
     assert all(r.reason in REASONS["download"] for r in results if isinstance(r, Drop))
     return results

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from vesl.pipeline.store import Store, StoreError, encode_table, wip
+from vesl.pipeline.store import Store, StoreError, StoreFault, encode_table, wip
 from vesl.transforms.records import DETECTION
 
 TABLE = pa.table(
@@ -76,6 +76,16 @@ def test_table_bytes_do_not_depend_on_how_it_was_put_together() -> None:
     noted = pieces.replace_schema_metadata({"made": "elsewhere"})
     assert encode_table(noted, {"x": 1}) == encode_table(TABLE, {"x": 1})
     assert encode_table(noted.slice(1), {"x": 1}) == encode_table(TABLE.slice(1), {"x": 1})
+
+
+def test_a_footer_is_found_however_long_it_is_and_damage_is_told(store: Store) -> None:
+    data = encode_table(pa.table({"key": ["a"]}), {"note": "n" * 100_000})
+    store.create("t/part-00000.parquet", data)
+    assert (store.footer("t/part-00000.parquet") or {})["note"] == "n" * 100_000
+    for damaged in (b"", data[:-1], data[-20_000:]):
+        store.replace("t/part-00001.parquet", damaged)
+        with pytest.raises(StoreFault, match="no whole Parquet file"):
+            store.footer("t/part-00001.parquet")
 
 
 def test_the_content_hash_tells_rows_apart_and_ignores_the_footer(store: Store) -> None:

@@ -1,8 +1,10 @@
 """One part through one step, in this process: what is saved, taken over, refused and cleaned up."""
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pyarrow as pa
@@ -12,7 +14,7 @@ from tests.world import jpeg
 from vesl.models.contract import ModelError
 from vesl.pipeline import work
 from vesl.pipeline.guard import guarded
-from vesl.pipeline.stage import Function, Step, answer
+from vesl.pipeline.stage import ByRow, Function, Step, answer
 from vesl.pipeline.steps.download import Download, ImageTar
 from vesl.pipeline.store import Store, encode_table
 from vesl.pipeline.work import Attempt, Job, StaleError, incoming, run_part
@@ -104,11 +106,93 @@ def test_what_was_saved_is_not_done_again(
         with pytest.raises(KeyboardInterrupt) if batches < 9 else nullcontext():
             run_part(job, 0, 0, lambda stage, n=batches: interrupted_after(n, Drawn(), asked), Attempt())
         if batches == 2:
-            assert len(store.names(f"{DOWNLOAD.folder}/part-00000.wip")) == pieces
+            assert len(store.names(f"{DOWNLOAD.folder}/part-00000.wip", "0000")) == pieces
     assert asked == KEYS
     assert store.names(DOWNLOAD.folder) == whole.names(DOWNLOAD.folder)  # the tar's name is its content's hash
     for name in whole.names(DOWNLOAD.folder):
         assert store.read(f"{DOWNLOAD.folder}/{name}") == whole.read(f"{DOWNLOAD.folder}/{name}")
+
+
+@dataclass(frozen=True)
+class Apart(Drawn):
+    """The same, row by row: those in `late` are not done before all others are."""
+
+    late: int = 0  # every so many, if any
+    ever: bool = True  # whether they are done at all
+
+    def open(self) -> Function:
+        draw, waiting = super().open(), list[Future[None]]()
+
+        def begin(row: dict[str, str]) -> Future[None]:
+            future: Future[None] = Future()
+            ASKED.append(row["key"])
+            if self.late and int(row["url"]) % self.late == 0:
+                waiting.append(future)
+            else:
+                future.set_result(None)
+            if self.ever and row["key"] == KEYS[-1]:
+                for each in reversed(waiting):
+                    each.set_result(None)
+            return future
+
+        return ByRow(begin, lambda batch, begun: draw(batch))
+
+
+ASKED: list[str] = []
+
+
+def test_rows_that_are_done_before_earlier_ones_are_saved_and_not_asked_for_again(
+    folder: Callable[[str], Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "_GATHER_S", 0.0)
+    whole, store = folder("whole"), folder("store")
+    run_part(job_for(whole, DOWNLOAD), 0, 0, lambda stage: stage.open(), Attempt())
+    job, done = replace(job_for(store, DOWNLOAD, save_every_s=0), threads={"download": 4}), list[int]()
+
+    def until_eight(rows: int) -> None:
+        done.append(rows)
+        if sum(done) >= 8:
+            raise KeyboardInterrupt
+
+    ASKED.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run_part(job, 0, 0, lambda stage: Apart(late=3, ever=False).open(), Attempt(on_rows=until_eight))
+    assert ASKED == KEYS
+    ASKED.clear()
+    reads: list[None] = []
+    run_part(job, 0, 0, lambda stage: Apart().open(), Attempt(on_read=lambda: reads.append(None)))
+    assert KEYS[::3] == ASKED
+    assert reads == [None]
+    ASKED.clear()
+    other = folder("other")  # in another order, and never killed
+    run_part(
+        replace(job_for(other, DOWNLOAD), threads={"download": 4}), 0, 0, lambda s: Apart(late=2).open(), Attempt()
+    )
+    for made in (store, other):
+        assert made.names(DOWNLOAD.folder) == whole.names(DOWNLOAD.folder)  # the tar's name is its content's hash
+        for name in whole.names(DOWNLOAD.folder):
+            assert made.read(f"{DOWNLOAD.folder}/{name}") == whole.read(f"{DOWNLOAD.folder}/{name}")
+
+
+@pytest.mark.parametrize(("every_s", "moments"), [(60.0, [1.0, 52.0]), (10.0, [1.0, 12.0, 23.0, 34.0, 45.0, 56.0])])
+def test_saving_takes_a_small_share_of_the_time(
+    folder: Callable[[str], Store], monkeypatch: pytest.MonkeyPatch, every_s: float, moments: list[float]
+) -> None:
+    """A second of saving is followed by 50 without, but by no more than the recipe allows."""
+    store, now, saved = folder("store"), [0.0], list[float]()
+    monkeypatch.setattr(work, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    job = job_for(store, Step(Said(), "input"), save_every_s=every_s)
+    saver = work.Saver(store, job, job.steps[0], 0, incoming(store, job, 0, 0, ("alt_text",)), None)
+
+    def save() -> None:
+        saved.append(now[0])
+        now[0] += 1.0
+
+    monkeypatch.setattr(saver, "_save", save)
+    for second in range(60):
+        now[0] = max(now[0], second)
+        saver.add(answer(pa.table({"key": pa.array([], pa.string())}), "caption", [], ADDS["caption"]))
+    assert saved == moments
 
 
 def test_what_was_saved_for_other_rows_is_not_taken_over(folder: Callable[[str], Store]) -> None:
@@ -144,6 +228,7 @@ def test_what_other_attempts_left_of_a_finished_part_is_removed(folder: Callable
     job = job_for(store, DOWNLOAD)
     for name in ("part-00000.0123456789abcdef.tar", "part-00001.0123456789abcdef.tar"):
         store.create(f"{DOWNLOAD.folder}/{name}", b"of an attempt that was killed")
+    store.create(f"{DOWNLOAD.folder}/part-00000.wip/files", b"")  # by which the next one knows
     footer, fresh = run_part(job, 0, 0, lambda stage: stage.open(), Attempt())
     left = [TABLE, footer["tar"]["name"], "part-00001.0123456789abcdef.tar"]
     assert fresh
@@ -153,11 +238,36 @@ def test_what_other_attempts_left_of_a_finished_part_is_removed(folder: Callable
     assert store.names(DOWNLOAD.folder) == sorted(left)
 
 
+def test_a_part_costs_the_same_however_many_there_are(
+    folder: Callable[[str], Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = folder("store")
+    job, listed, names = job_for(store, DOWNLOAD), [], Store.names
+    monkeypatch.setattr(Store, "names", lambda *a: (listed.append(a[1]), names(*a))[1])
+    for fresh in (True, False):
+        assert run_part(job, 0, 0, lambda stage: stage.open(), Attempt())[1] == fresh
+    assert f"{DOWNLOAD.folder}/part-00000.wip" in listed
+    assert DOWNLOAD.folder not in listed
+
+
+def test_only_tables_with_wanted_columns_are_read(folder: Callable[[str], Store]) -> None:
+    store = folder("store")
+    job = job_for(store, DOWNLOAD, CAPTION)
+    footer, _ = run_part(job, 0, 0, lambda stage: stage.open(), Attempt())
+    store.remove(job.inputs[0])
+    given = incoming(store, job, 1, 0, ("image", "tar"))
+    assert given.parent == footer["content"]
+    assert given.rows.column_names == ["key", "offset", "size", "tar"]
+    assert len(given.rows) == ROWS - 1
+    with pytest.raises(FileNotFoundError):
+        incoming(store, job, 1, 0, ("alt_text", "image"))
+
+
 def test_a_fault_leaves_no_scratch_file(folder: Callable[[str], Store]) -> None:
     store = folder("store")
     with pytest.raises(KeyboardInterrupt) as caught:  # held, so that it is not the garbage collector that cleans up
         run_part(job_for(store, DOWNLOAD), 0, 0, lambda stage: interrupted_after(1, Drawn(), []), Attempt())
-    assert store.names(f"{DOWNLOAD.folder}/part-00000.wip") == []
+    assert store.names(f"{DOWNLOAD.folder}/part-00000.wip") == ["files"]
     assert caught.value
 
 

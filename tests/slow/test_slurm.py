@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from tests.deploy.test_clusters import DEPLOY, stand_in
-from tests.world import ROOT, World
+from tests.world import ROOT, World, without_time
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -33,14 +33,15 @@ def test_a_run_over_two_nodes(world: World, tmp_path: Path) -> None:
         "RAY_PORT": str(port),
         "HF_HOME": str(tmp_path / "models"),
     }
-    before = {process.pid for process in psutil.process_iter()}
     script = ["bash", str(DEPLOY / "slurm/ray.sbatch"), str(world.recipe)]
     done = subprocess.run(script, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
-    there = world.contents("pack")
+    there = without_time(world.contents("pack"))
     os.rename(world.store, f"{world.store}-slurm")
     assert world.run("run").returncode == 0
-    assert there == world.contents("pack")
-    left = [p for p in psutil.process_iter(["name"]) if p.pid not in before and p.info["name"] == "raylet"]
+    assert there == without_time(world.contents("pack"))
+    ours = f"--gcs-address=127.0.0.1:{port}"
+    raylets = [p for p in psutil.process_iter(["name", "cmdline"]) if p.info["name"] == "raylet"]
+    left = [p for p in raylets if ours in (p.info["cmdline"] or ())]
     _, alive = psutil.wait_procs(left, timeout=30)
     assert not alive

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import AvifImagePlugin, Image, ImageCms, ImageFile, ImageOps, WebPImagePlugin
 
-from vesl.transforms.images import ImageRule, StoredImage, decode, normalise
+from tests.photos import photo
+from vesl.transforms.images import ImageRule, Resize, StoredImage, decode, normalise
 from vesl.transforms.outcomes import REASONS, Drop
 
 RULE = ImageRule(max_side_px=128)
@@ -561,6 +562,26 @@ def test_a_large_jpeg_is_scaled_while_decoding(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Image.Image, "resize", spy)
     normalise(encoded(Image.new("RGB", (1400, 700)), exif=exif(6)), RULE)
     assert scaled[0] == (175, 88)  # what comes after is the perceptual hash of the result
+    scaled.clear()
+    coffee = photo("skimage/data/coffee.png")
+    source = encoded(resize(coffee, (1024, 683), Image.Resampling.LANCZOS), quality=90)
+    half = normalise(source, ImageRule(Resize(512), quality=95))
+    assert scaled[0] == (512, 342)  # 341 rows and a half
+    whole, best = (resize(decode(source), (512, 342), Image.Resampling[name]) for name in ("HAMMING", "LANCZOS"))
+    assert error(decode(half.jpeg), best) < 1.1 * error(decode(encoded(whole)), best)
+
+
+def error(image: Image.Image, expected: Image.Image) -> float:
+    return float(np.square(np.asarray(image, np.float64) - np.asarray(expected, np.float64)).mean())
+
+
+def test_a_strip_of_a_few_pixels_is_scaled_whole() -> None:
+    """Pillow scales it less than the longer side alone would allow."""
+    rule = ImageRule(Resize(16), min_side_px=1, max_aspect=1000)
+    image = decode(normalise(encoded(picture(3, 600), subsampling=0), rule).jpeg)
+    assert image.size == (1, 16)
+    pixels = np.asarray(image, np.int16)
+    assert np.abs(pixels[2] - pixels[13]).max() > 60  # of its first quarter alone all pixels would be alike
 
 
 def _seeds() -> list[bytes]:
