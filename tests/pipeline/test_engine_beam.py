@@ -244,6 +244,7 @@ def test_beam_is_not_installed(made: World, monkeypatch: pytest.MonkeyPatch) -> 
         beam.run(plan.job(), (0,), replace(plan.recipe.engine), lambda event: None)
 
 
+@pytest.mark.slow  # half a minute; on Ray and local they always run
 def test_a_part_that_hangs_is_given_up_and_one_of_another_run_is_waited_for(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

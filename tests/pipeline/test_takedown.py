@@ -334,6 +334,7 @@ def test_a_compaction_in_the_middle_of_an_ingest_keeps_the_counts(
     assert (first["kept"], first["taken_down"], second["kept"]) == (12, 1, 1)
 
 
+@pytest.mark.slow  # half a minute
 def test_signs_of_life_come_also_where_nothing_happens(filled: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "_BEAT_S", 0.02)
     monkeypatch.setattr(running, "_RECORD_EVERY_S", 1e9)
