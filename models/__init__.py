@@ -7,6 +7,7 @@ A reference is `name@revision`:
 - with `backend: openai`, the name under which a server knows the model, and a revision that is yours to state;
 - a user's own, `module:function@revision`: a function without arguments that returns a captioner or a scorer, or one
   that takes the score floor and returns a grounder; either as in `contract.py`, or plain, a function of decoded images.
+  Taggers of the phrases step may be a user's own too (`tagger.py`).
 """
 
 import difflib
@@ -59,7 +60,7 @@ def open_captioner(options: Captioning) -> Captioner:
     """Load a captioner. Raises ModelError, one line that says what is missing."""
     if options.model == ALT_TEXT:
         return _AltText()
-    if own := _own(options.model):
+    if own := find_own(options.model):
         made = own()
         return made if hasattr(made, "prepare") else plain_captioner(made)
     if options.model in BUILT_IN["captioner"]:
@@ -73,7 +74,7 @@ def open_captioner(options: Captioning) -> Captioner:
 
 def open_grounder(options: Grounding) -> Grounder:
     """Load a grounder that gives every pair at or above `score_floor`. Raises ModelError."""
-    if own := _own(options.model):
+    if own := find_own(options.model):
         made = own(options.score_floor)
         return made if hasattr(made, "prepare") else Plain(made)
     if options.model in BUILT_IN["grounder"]:
@@ -87,7 +88,7 @@ def open_grounder(options: Grounding) -> Grounder:
 
 def open_scorer(options: Scoring) -> Scorer:
     """Load a scorer. Raises ModelError."""
-    if own := _own(options.model):
+    if own := find_own(options.model):
         made = own()
         return made if hasattr(made, "prepare") else Plain(made)
     from . import scorers
@@ -95,7 +96,8 @@ def open_scorer(options: Scoring) -> Scorer:
     return scorers.open_scorer(options)
 
 
-def _own(reference: str) -> Callable[..., Any] | None:
+def find_own(reference: str, option: str = "model") -> Callable[..., Any] | None:
+    """The function of a reference `module:function@revision`; None for others. Raises ModelError."""
     match = _OWN.fullmatch(reference)
     if match is None:
         return None
@@ -103,7 +105,7 @@ def _own(reference: str) -> Callable[..., Any] | None:
     try:
         return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
     except (ImportError, AttributeError) as error:
-        raise ModelError(f"model: {reference}: {error}") from None
+        raise ModelError(f"{option}: {reference}: {error}") from None
 
 
 class _AltText:

@@ -1,4 +1,7 @@
-"""The tagger of the phrases step: a spaCy pipeline cut down to its part-of-speech tagger, and its parser on demand."""
+"""The tagger of the phrases step: a spaCy pipeline cut down to its part-of-speech tagger, and its parser on demand.
+
+Or a user's own, for another language.
+"""
 
 import itertools
 import re
@@ -7,6 +10,7 @@ from collections.abc import Callable, Iterator
 from importlib import import_module, metadata
 
 from ..transforms.trees import Token
+from . import find_own
 from .contract import ModelError
 
 # spaCy's tokenizer takes time that grows with the square of a run without spaces; longer runs are no English and are
@@ -24,7 +28,11 @@ def open_tagger(reference: str, parse: bool = False) -> Callable[[str], list[Tok
     1.6 times the time. Tokens cite the caption as given and cover all of it but single spaces. Any text is welcome:
     empty, other scripts, controls, lone surrogates. Raises ModelError where the package is missing, has another version
     or is no spaCy pipeline with a tagger (and a parser). The function is not for several threads at once.
+
+    Or it is a user's own, `module:function@revision`: what `function(parse)` returns, which makes such tokens.
     """
+    if own := find_own(reference, "tagger"):
+        return own(parse)  # type: ignore[no-any-return]
     package, _, revision = reference.partition("@")
     try:
         found = metadata.version(package)

@@ -216,6 +216,11 @@ def _sweep(plan: Plan) -> None:
         listed = dict(zip(["", *steps], pool.map(store.names, ["", *steps]), strict=True))
     if "dataset.wip" in listed.pop(""):
         store.sweep("dataset")
+    if store.local:  # a bucket has no scratch files, and many records to list
+        for run in store.names("runs"):
+            for name in store.names(f"runs/{run}"):
+                if name.endswith(".wip"):
+                    store.sweep(f"runs/{run}/{name.removesuffix('.wip')}")
     for folder, names in listed.items():
         step, done = steps[folder], plan.done[steps[folder].name]
         for name in names:

@@ -51,6 +51,7 @@ class World:
 
     def __init__(self, folder: Path, server: WebServer, store: str | None = None) -> None:
         self.folder, self.server = folder, server
+        self.bare = True  # commands run as in a base install, without pandas, which Ray wants
         self.store = store or str(folder / "store")
         self.recipe = folder / "recipe.yaml"
         self.document: dict[str, Any] = {
@@ -64,6 +65,7 @@ class World:
             "steps": {
                 "download": {"fetch": {"allow_networks": ["127.0.0.0/8"]}},
                 "caption": {"model": "alt_text@1"},
+                "phrases": {"tagger": "tests.standins:tagger@1"},
                 "ground": {"model": "tests.standins:grounder@1"},
                 "select": {"rule": {"score": 0.3}},
             },
@@ -104,7 +106,8 @@ class World:
         )
 
     def env(self, more: dict[str, str] | None = None) -> dict[str, str]:
-        return {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **(more or {})}
+        path = [ROOT, ROOT / "tests/base"] if self.bare else [ROOT]
+        return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "COLUMNS": "200", **(more or {})}
 
     def files(self, under: str = "") -> dict[str, tuple[int, int]]:
         """Every file of a local store with its inode and time of change: equal means that nothing was rewritten."""

@@ -188,6 +188,7 @@ class _Driver:
                 if name.endswith(".json") and name not in self.heard:
                     found.append(Event(**self.store.read_json(f"{self.folder}/told/{name}")))
                     self.heard.add(name)
+                    self.store.remove(f"{self.folder}/told/{name}")  # else every look would list all that was ever told
         for event in found:
             if event.part == NO_PART:
                 raise ModelError(event.text)

@@ -15,6 +15,7 @@ _READERS = 8
 _AWAY_S = 30.0  # between two looks at a store that is away, at most
 _LOOK_S = 0.5
 _SAVED_EVERY_S = 15.0  # between two looks at what is saved of unfinished parts
+_REST = 20  # times what a look took, at least, until the next: its folders grow with the number of parts
 
 
 def follow(
@@ -27,19 +28,23 @@ def follow(
 ) -> None:
     """Tell every published part of every step as `done`, until `running` says no; those there at the start not fresh.
 
-    Now and then also how many rows of others are `saved`.
-    Runs in the driver's main thread, so that what `listen` raises ends the run. `told` are those that were told before,
-    and are not again. A store that is away is asked again, ever less often, while the workers go on; it raises only
-    where it still is after the end.
+    Now and then also how many rows of others are `saved`. `running` is asked each `poll_s`, and may itself tell of a
+    part sooner than the store, noting it in `told`: those are not told again.
+    Runs in the driver's main thread, so that what `listen` raises ends the run. A store that is away is asked again,
+    ever less often, while the workers go on; it raises only where it still is after the end.
     """
     store = job.open_store()
     wanted = {part_name(part): part for part in parts}
     told = set() if told is None else told
-    fresh, away_s, looked = False, 0.0, time.monotonic()
+    fresh, away_s, looked, rest_until = False, 0.0, time.monotonic(), 0.0
     while True:
         going = running()  # asked before the last look, so that nothing is missed
-        look = time.monotonic() - looked > _SAVED_EVERY_S
-        looked = time.monotonic() if look else looked
+        begun_at = time.monotonic()
+        if going and begun_at < rest_until:
+            time.sleep(poll_s)
+            continue
+        look = begun_at - looked > _SAVED_EVERY_S
+        looked = begun_at if look else looked
         found: list[Event] = []
         try:
             with ThreadPoolExecutor(_READERS) as pool:
@@ -63,6 +68,7 @@ def follow(
         fresh = fresh or not away_s
         if not going and not away_s:
             return
+        rest_until = time.monotonic() + _REST * (time.monotonic() - begun_at)
         time.sleep(away_s or poll_s)
 
 

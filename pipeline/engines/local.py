@@ -93,10 +93,12 @@ def run(job: Job, parts: Sequence[int], engine: Engine, listen: Listener) -> Non
 
 
 def _start(job: Job) -> _Worker:
-    context = mp.get_context("spawn")  # forking a process with threads and models is not safe
+    # Forking this process, which has threads, is not safe; so workers are forked from one that has but imported.
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload([live.__module__, *{type(step.stage).__module__ for step in job.steps}])
     ours, theirs = context.Pipe()
     output, standard = context.Pipe(duplex=False)
-    process = context.Process(target=live, args=(job, theirs, standard), daemon=True)
+    process = context.Process(target=live, args=(job, theirs, standard, dict(os.environ)), daemon=True)
     process.start()
     theirs.close()
     standard.close()

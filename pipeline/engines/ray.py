@@ -135,7 +135,7 @@ def _carry(
     def running() -> bool:
         going = thread.is_alive()
         while not arrived.empty():
-            _hear(arrived.get(), job, waiting, listen)
+            _hear(arrived.get(), job, waiting, told, listen)
         left.extend(waiting.free())
         return going
 
@@ -148,7 +148,7 @@ def _carry(
     return left
 
 
-def _hear(row: Row | Exception, job: Job, waiting: Waiting[int], listen: Listener) -> None:
+def _hear(row: Row | Exception, job: Job, waiting: Waiting[int], told: set[tuple[str, int]], listen: Listener) -> None:
     if isinstance(row, Exception):
         from ray.exceptions import ActorDiedError
 
@@ -167,6 +167,11 @@ def _hear(row: Row | Exception, job: Job, waiting: Waiting[int], listen: Listene
         elif kind in ("spent", "open"):
             seconds, rows = text.split()
             listen(Event(kind, step, row["part"], rows=int(rows), seconds=float(seconds)))
+        elif kind == "done":
+            if (step, row["part"]) not in told:
+                fresh, footer = json.loads(text)
+                told.add((step, row["part"]))
+                listen(Event(kind, step, row["part"], fresh=fresh, footer=footer))
         else:
             listen(Event(kind, step, row["part"], text=text))
 

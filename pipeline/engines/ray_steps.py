@@ -132,6 +132,7 @@ class Operator:
             if fresh:
                 count(footer)
                 say("spent", f"{self._clock.since(begun) - opening:.3f} {sum(counts[1:])}")
+            say("done", json.dumps([fresh, footer]))
             return ""
 
     def _before(self, store: Store, folder: str, say: Callable[[str, str], None]) -> tuple[bool, int]:
@@ -190,6 +191,7 @@ class Operator:
                 state = "lost"
             if event.kind == "done" and event.step == self._step.name:
                 count(event.footer)
+                say("done", json.dumps([event.fresh, event.footer]))
 
         local.run(
             replace(self._job, steps=self._job.steps[: self._index + 1]),

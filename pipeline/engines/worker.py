@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -153,11 +153,13 @@ class Watch:
                 os._exit(1)
 
 
-def live(job: Job, pipe: Connection, output: Connection) -> None:
-    """A worker's life: parts in, messages out, until the pipe closes.
+def live(job: Job, pipe: Connection, output: Connection, environment: Mapping[str, str]) -> None:
+    """A worker's life: parts in, messages out, until the pipe closes. `environment` is the driver's as it is now.
 
     One thread listens, this one works, and another works on what comes while this one is at work.
     """
+    os.environ.clear()  # it has that of the process that it was forked from
+    os.environ.update(environment)
     for stream in (1, 2):
         os.dup2(output.fileno(), stream)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides what Ctrl-C means

@@ -14,7 +14,10 @@ from ..stage import Function, answer
 
 @dataclass(frozen=True)
 class Phrases:
-    """Finds the phrases of `rule` in the tokens of `tagger`, a spaCy pipeline given as `package@version`."""
+    """Finds the phrases of `rule` in the tokens of `tagger`.
+
+    That is a spaCy pipeline given as `package@version`, or a user's own, `module:function@revision`.
+    """
 
     name: ClassVar[str] = "phrases"
     version: ClassVar[int] = 1

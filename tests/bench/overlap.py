@@ -116,6 +116,7 @@ def main() -> None:
             world.document["steps"]["caption"]["model"] = "tests.bench.overlap:open_sleeper@1"
             resources = {"workers": 1, "batch": BATCH, "threads": 2}
             world.document["engine"] = {"kind": kind, "workers": 2, "caption": resources}
+            world.bare = kind != "ray"
             world.write()
             world.list_urls("a", world.images(batches * BATCH))
             log = Path(folder) / "log"

@@ -239,3 +239,13 @@ def test_what_cannot_be_opened_says_so_in_one_line(monkeypatch: pytest.MonkeyPat
     open_tagger(REFERENCE)
     with pytest.raises(ModelError, match="with a tagger and a parser"):
         open_tagger(REFERENCE, parse=True)
+
+
+def test_a_tagger_may_be_a_users_own() -> None:
+    assert [(token.text, token.tag) for token in open_tagger("tests.standins:tagger@1")("A red ball")] == [
+        ("A", "DT"),
+        ("red", "JJ"),
+        ("ball", "NN"),
+    ]
+    with pytest.raises(ModelError, match=r"^tagger: tests\.nowhere:tagger@1: No module named 'tests\.nowhere'$"):
+        open_tagger("tests.nowhere:tagger@1")

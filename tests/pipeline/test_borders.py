@@ -93,11 +93,15 @@ def captions(world: World) -> dict[str, tuple[str, str]]:
     return found
 
 
+SLOW_RAY = pytest.param("ray", marks=pytest.mark.slow)  # half a minute
+
+
 @pytest.fixture(params=["local", "ray", "beam"])
 def engine(world: World, log: Path, request: pytest.FixtureRequest) -> str:
     """Beam's workers take several parts at a time where they have threads, as they have on a cluster."""
     pytest.importorskip({"beam": "apache_beam", "ray": "ray"}.get(request.param, "vesl"))
     world.document["engine"]["kind"] = request.param
+    world.bare = request.param != "ray"
     if request.param == "beam":
         world.document["engine"]["options"] = ["--direct_running_mode=multi_threading", "--direct_num_workers=3"]
     world.write()
@@ -133,13 +137,14 @@ def test_the_next_part_is_prepared_while_the_model_is_at_the_last(world: World, 
     assert any(ahead)  # of a busy machine's parts, some come too late
 
 
+@pytest.mark.parametrize("engine", ["local", SLOW_RAY, "beam"], indirect=True)
 def test_vllm_has_requests_of_two_parts_at_once(world: World, log: Path, engine: str) -> None:
     world.document["steps"]["caption"]["model"] = "tests.pipeline.test_borders:continuous@1"
     world.write()
     texts = {i: f"ball {i}" for i in range(30)}
     world.list_urls("a", world.images(30, captions=texts))
-    for step in ("download", "caption"):
-        done = world.run("run", "--until", step)
+    for arguments in (("download", "--set", "engine.kind=local", "--set", "engine.options=[]"), ("caption",)):
+        done = world.run("run", "--until", *arguments)
         assert done.returncode == 0, done.stderr
     assert captions(world) == {text: ("kept", f"{text} on a table") for text in texts.values()}
     inputs = sorted((Path(world.store) / "input").glob("*/part-*.parquet"))
@@ -161,6 +166,7 @@ def test_a_row_that_kills_at_a_border_costs_itself_alone(world: World, log: Path
         assert found[text] == want
 
 
+@pytest.mark.slow
 def test_a_step_of_ray_may_have_an_environment_of_its_own(
     world: World, log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +174,7 @@ def test_a_step_of_ray_may_have_an_environment_of_its_own(
     pytest.importorskip("ray")
     monkeypatch.delenv("BORDERS_LOG")
     environment = {"env_vars": {"BORDERS_LOG": str(log)}}
+    world.bare = False
     world.document["engine"] = {"kind": "ray", "caption": {"workers": 1, "runtime_env": environment}}
     world.write()
     world.list_urls("a", world.images(4, captions={i: f"ball {i}" for i in range(4)}))

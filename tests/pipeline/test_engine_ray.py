@@ -118,7 +118,7 @@ def test_same_bytes_as_the_local_engine_in_an_operator_for_each_step(
         pool, resources = op._actor_pool, op._ray_remote_args
         share = (0.3, 2, 2) if op.name == "MapBatches(Ground)" else (0.16, 1, 1)
         assert (resources["num_cpus"], pool.min_size(), pool.max_size()) == share
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while workers():
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -242,7 +242,7 @@ def test_a_part_that_hangs_is_given_up_and_one_of_another_run_is_waited_for(
 ) -> None:
     monkeypatch.setattr(leases, "POLL_S", 0.1)
     plan, bad, other, events, listen = one_hangs_and_one_is_leased(world, 2)
-    options = Engine(kind="ray", workers=1, silence_limit_s=10)
+    options = Engine(kind="ray", workers=1, silence_limit_s=7)
     engine.run(replace(plan.job(), run="mine"), plan.todo(), options, listen)
     told = [(e.kind, e.step, e.part) for e in events if e.kind not in ("open", "spent")]
     assert told.count(("lost", "caption", bad)) == 1
@@ -251,7 +251,7 @@ def test_a_part_that_hangs_is_given_up_and_one_of_another_run_is_waited_for(
     assert wait.endswith(f"at work on {plan.steps[1].table(other)}")
     assert told.index(("wait", "", -1)) < told.index(("done", "caption", other))
     assert {e.text for e in events if e.kind == "lost"} == {
-        "no batch was finished in engine.silence_limit_s = 10, so its worker was ended, 2 times"
+        "no batch was finished in engine.silence_limit_s = 7, so its worker was ended, 2 times"
     }
     leases.give_back(plan.store, [step.folder for step in plan.steps], "mine")  # as `vesl run` does at its end
     assert not list(Path(world.store).rglob("lease-*"))

@@ -143,7 +143,7 @@ plain = data.cast_column("image", datasets.Image(decode=False))
 rows = [{**row, "image": [row["image"]["path"], row["image"]["bytes"].hex(), *sizes[row["key"]]]} for row in plain]
 print(json.dumps(rows))
 """
-    env = world.env({"HF_HOME": str(tmp_path / "home"), "HF_DATASETS_OFFLINE": "1"})
+    env = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_DATASETS_OFFLINE": "1"}
     command = [sys.executable, "-c", script, str(tmp_path / "out")]
     read = subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=120)
     assert read.returncode == 0, read.stderr

@@ -310,7 +310,9 @@ def test_litter_of_killed_runs_is_swept(world: World) -> None:
     assert world.run("run").returncode == 0
     plan = make_plan(world.load())
     root = Path(world.store)
-    for name in ("dataset.wip/x.tmp", *(f"{step.folder}/part-00000.wip/x.tmp" for step in plan.steps)):
+    [run] = (root / "runs").iterdir()
+    litter = ["dataset.wip/x.tmp", f"runs/{run.name}/run.wip/x.tmp"]
+    for name in (*litter, *(f"{step.folder}/part-00000.wip/x.tmp" for step in plan.steps)):
         (root / name).parent.mkdir()
         (root / name).write_bytes(b"half")
     (root / plan.steps[-1].folder / "index.wip").mkdir()

@@ -97,7 +97,7 @@ def ended_by_a_library(job: Job, pipe: Any, output: Any) -> None:
         sys.exit("some library has had enough")
 
     worker._try = end  # type: ignore[assignment]
-    worker.live(job, pipe, output)
+    worker.live(job, pipe, output, os.environ.copy())
 
 
 @pytest.mark.parametrize("thread", [0, 1])
@@ -138,6 +138,7 @@ def test_a_worker_that_the_driver_has_not_heard_yet_is_not_taken_for_one_that_ha
 
 def test_what_is_saved_of_a_part_is_told(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(follow, "_SAVED_EVERY_S", 0.0)
+    monkeypatch.setattr(follow, "_REST", 0)
     tally, seen, going = Tally(["download"], 24), list[int](), iter([True, True, True, False])
     run_part(job, 0, 0, lambda stage: stage.open(), Attempt())
 

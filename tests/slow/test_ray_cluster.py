@@ -86,6 +86,7 @@ def test_a_node_killed_in_the_middle_of_a_step(nodes: list[Any], world: World, s
 def test_the_driver_killed_and_started_again(world: World) -> None:
     want = prepared(world)
     command = [*world.command("run"), "--set", "engine.kind=ray"]
+    world.bare = False
     process = subprocess.Popen(command, cwd=ROOT, env=world.env({"STANDIN_WAIT_S": "0.3"}), stderr=subprocess.DEVNULL)
     while not list(Path(world.store).glob("caption/*/*.parquet")):
         assert process.poll() is None

@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 def test_a_run_over_two_nodes(world: World, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     world.list_urls("a", world.images(20))
+    world.bare = False
     folder = tmp_path / "bin"
     folder.mkdir()
     stand_in(folder, "scontrol", "printf 'n1\\nn2\\n'")
