@@ -8,9 +8,10 @@ change that result.
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from threading import Lock
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import pyarrow as pa
@@ -31,6 +32,14 @@ class InTwo:
 
     def __init__(self, prepare: Callable[[pa.Table], Any], finish: Callable[[pa.Table, Any], pa.Table]) -> None:
         self.prepare, self.finish = prepare, finish
+        self._pool: ThreadPoolExecutor | None = None
+        self._lock = Lock()
+
+    def preparers(self, threads: int) -> ThreadPoolExecutor:
+        """The threads that prepare, for all parts alike: the batches of one come before those of the next."""
+        with self._lock:
+            self._pool = self._pool or ThreadPoolExecutor(threads, "prepare")
+            return self._pool
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Do both."""

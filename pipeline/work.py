@@ -237,8 +237,8 @@ def _ahead(
 ) -> Iterator[tuple[pa.Table, Future[Any] | None]]:
     """Batches of `size` rows, with their images out of `tar`, each read while the one before is at work.
 
-    One thread reads; `threads` more prepare what was read, for a function `early` that works in two moments; once these
-    have the last batch, `on_read` is called.
+    One thread reads; `threads` more, which all parts share, prepare what was read, for a function `early` that works in
+    two moments; once these have the last batch, `on_read` is called.
     """
 
     def read(first: int) -> pa.Table:
@@ -255,21 +255,25 @@ def _ahead(
         return early.prepare(reading.result())
 
     ahead = threads + 1 if early else _AHEAD
+    preparers = early.preparers(threads) if early else None
     pending: deque[tuple[Future[pa.Table], Future[Any] | None]] = deque()
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(threads) as preparer:
+    with ThreadPoolExecutor(1) as reader:
         try:
             for first in range(0, len(rows), size):
                 reading = reader.submit(read, first)
-                pending.append((reading, preparer.submit(prepare, reading) if early else None))
+                pending.append((reading, preparers.submit(prepare, reading) if preparers else None))
                 if early and first + size >= len(rows):  # not later: an engine may be at all that waits, at once
                     on_read()
                 if len(pending) > ahead:
                     batch, prepared = pending.popleft()
                     yield batch.result(), prepared
-            for batch, prepared in pending:
+            while pending:
+                batch, prepared = pending.popleft()
                 yield batch.result(), prepared
         finally:
-            preparer.shutdown(cancel_futures=True)
+            for _, prepared in pending:
+                if prepared:
+                    prepared.cancel()
             reader.shutdown(cancel_futures=True)
 
 

@@ -29,7 +29,7 @@ from .ray_steps import Operator, Row, version
 
 _WAVE = 500  # blocks, cut at once and waiting for a step at most: the driver holds a few kilobytes for each
 _TOGETHER = 64  # parts in a block, at most
-_BLOCKS_A_WORKER = 200  # before parts go together: enough to be shared evenly
+_BLOCKS_A_WORKER = 100  # before parts go together: enough to be shared evenly
 _POLL_S = 0.5
 
 
@@ -201,7 +201,9 @@ def dataset(job: Job, parts: Sequence[int], engine: Engine, identity: str) -> An
     data._logical_plan.dag.ray_remote_args["num_cpus"] = 0  # else the cutting waits for a core that no actor has
     data.context.set_config("backpressure_policies.enabled", [_paced()])
     data.context.enable_progress_bars = data.context.print_on_execution_start = False
-    data.context.autoscaling_config.actor_pool_util_upscaling_threshold = 0.9  # busy; by default: and as much in queue
+    scaling = data.context.autoscaling_config
+    scaling.actor_pool_util_upscaling_threshold = 0.9  # busy; by default: and as much in queue
+    scaling.actor_pool_util_downscaling_threshold = 0.3  # by default 0.5: of two actors, one would come and go for ever
     for index, step in enumerate(job.steps):
         want = wants[step.name]
         parts_at_once = 2 if step.stage.opens_model else 1  # see Operator

@@ -35,6 +35,7 @@ _BACKOFF_S = 1.0
 Row = dict[str, Any]
 
 
+@functools.cache
 def version() -> str:
     """Of vesl, as it is installed in this process."""
     return importlib.metadata.version("vesl")

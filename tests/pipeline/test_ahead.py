@@ -2,8 +2,9 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -11,6 +12,7 @@ import pytest
 
 from tests.pipeline.test_work import DOWNLOAD, KEYS, job_for
 from vesl.models.contract import ModelError
+from vesl.pipeline import work
 from vesl.pipeline.stage import Function, InTwo, Step, answer
 from vesl.pipeline.store import Store
 from vesl.pipeline.work import Attempt, run_part
@@ -96,3 +98,41 @@ def test_a_row_that_is_tried_alone_is_prepared_alone(tmp_path: Any) -> None:
     run(tmp_path, stage, attempt=Attempt(alone=True, on_key=told.append))
     assert len(seen) > 4
     assert all(keys == [key] for keys, key in seen)
+
+
+def test_of_two_parts_the_batches_of_the_first_are_prepared_first() -> None:
+    """By the same threads: the model needs them first, and all the CPU time there is goes to them."""
+    order: list[str] = []
+    most, at_work, lock = 0, 0, threading.Lock()
+
+    def prepare(batch: pa.Table) -> None:
+        nonlocal most, at_work
+        with lock:
+            order.append(batch["key"][0].as_py()[0])
+            at_work += 1
+            most = max(most, at_work)
+        time.sleep(0.05)
+        with lock:
+            at_work -= 1
+
+    function = InTwo(prepare, lambda batch, made: batch)
+    stage: Any = SimpleNamespace(reads=())
+    waiting: list[Iterator[Any]] = []
+
+    def ahead(part: str, on_read: Callable[[], None]) -> Iterator[Any]:
+        rows = pa.table({"key": [f"{part}{i}" for i in range(6)]})
+        return work._ahead(Store("memory://"), None, rows, stage, 1, function, 2, on_read)
+
+    def begin() -> None:
+        waiting.append(ahead("b", lambda: None))
+        next(waiting[0])
+
+    other = threading.Thread(target=begin)
+    for _, made in ahead("a", other.start):
+        made.result()
+    other.join(10)
+    assert order[:6] == ["a"] * 6
+    assert most == 2
+    for _, made in waiting[0]:
+        made.result()
+    assert order == ["a"] * 6 + ["b"] * 6
