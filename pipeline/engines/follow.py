@@ -15,7 +15,7 @@ _READERS = 8
 _AWAY_S = 30.0  # between two looks at a store that is away, at most
 _LOOK_S = 0.5
 _SAVED_EVERY_S = 15.0  # between two looks at what is saved of unfinished parts
-_REST = 20  # times what a look took, at least, until the next: its folders grow with the number of parts
+_REST = 20  # times what the listing took, at least, until the next: it grows with the number of parts
 
 
 def follow(
@@ -39,16 +39,17 @@ def follow(
     fresh, away_s, looked, rest_until = False, 0.0, time.monotonic(), 0.0
     while True:
         going = running()  # asked before the last look, so that nothing is missed
-        begun_at = time.monotonic()
-        if going and begun_at < rest_until:
+        now = time.monotonic()
+        if going and now < rest_until:
             time.sleep(poll_s)
             continue
-        look = begun_at - looked > _SAVED_EVERY_S
-        looked = begun_at if look else looked
+        look = now - looked > _SAVED_EVERY_S
+        looked = now if look else looked
         found: list[Event] = []
         try:
             with ThreadPoolExecutor(_READERS) as pool:
                 listed = list(pool.map(lambda step: store.names(step.folder, "part-"), job.steps))
+                rest_until = time.monotonic() + _REST * (time.monotonic() - now)
                 for step, names in zip(job.steps, listed, strict=True):
                     there = {wanted[name[:-8]] for name in names if name.endswith(".parquet") and name[:-8] in wanted}
                     new = [part for part in sorted(there) if (step.name, part) not in told]
@@ -68,7 +69,6 @@ def follow(
         fresh = fresh or not away_s
         if not going and not away_s:
             return
-        rest_until = time.monotonic() + _REST * (time.monotonic() - begun_at)
         time.sleep(away_s or poll_s)
 
 

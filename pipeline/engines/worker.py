@@ -4,6 +4,7 @@ The driver sends (thread, task), and hears (thread, kind, value) of how the task
 and, at the end, `done`, `fault`, `model` or `leased`.
 """
 
+import gc
 import multiprocessing as mp
 import os
 import signal
@@ -158,6 +159,7 @@ def live(job: Job, pipe: Connection, output: Connection, environment: Mapping[st
 
     One thread listens, this one works, and another works on what comes while this one is at work.
     """
+    gc.freeze()  # what was imported stays: it need not be looked through for garbage again and again
     os.environ.clear()  # it has that of the process that it was forked from
     os.environ.update(environment)
     for stream in (1, 2):

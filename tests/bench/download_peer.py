@@ -6,13 +6,14 @@
 Real photographs of 0.2 to 12 megapixels, once from nginx, and once from a server that answers after 200 ms and fails
 every tenth. Both tools are run as their users run them, as a command, start-up included, with the same output: JPEG of
 512 px on the longer side at quality 92, never enlarged, what fits already kept as it is, in tars, with its sha256. CPU
-seconds are those of all processes of the tool, memory is the sum of their proportional set sizes, sampled. The tools
-take turns; the server has a core of its own where there are three or more. img2dataset gets as many processes as there
-are cores and the best of the numbers of threads tried.
+seconds are those of all processes of the tool (ours runs as in a base install, which has no pandas), memory is the sum
+of their proportional set sizes, sampled. The tools take turns; the server has a core of its own where there are three
+or more. img2dataset gets as many processes as there are cores and the best of the numbers of threads tried.
 """
 
 import argparse
 import asyncio
+import ctypes
 import io
 import os
 import shutil
@@ -35,6 +36,7 @@ import yaml
 from PIL import Image
 
 from tests.photos import photo
+from tests.world import ROOT
 
 PHOTOS = (
     "skimage/data/astronaut.png",
@@ -55,6 +57,7 @@ http {{ access_log off; sendfile on; tcp_nopush on; default_type image/jpeg; kee
   server {{ listen 127.0.0.1:{port} backlog=4096; root {root}; }} }}
 """
 DELAY_S, FAILING = 0.2, 10  # every tenth
+_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of Linux
 HEAD = b"HTTP/1.1 %d -\r\nContent-Length: %d\r\nContent-Type: image/jpeg\r\n\r\n"
 
 
@@ -171,13 +174,13 @@ def peers(python: str, urls: Path, out: Path, cores: int, threads: int) -> list[
     return [python, "-m", "img2dataset.main", *(f"--{name}={value}" for name, value in options.items())]
 
 
-def measure(command: list[str], out: Path, cores: set[int]) -> Figures:
+def measure(command: list[str], out: Path, cores: set[int], environment: dict[str, str]) -> Figures:
     """Run a tool to its end."""
     peak, log = 0.0, out.with_suffix(".log")
     start = time.monotonic()
     with log.open("w") as file:
         process = subprocess.Popen(
-            command, stdout=file, stderr=file, start_new_session=True,
+            command, stdout=file, stderr=file, start_new_session=True, env=environment,
             preexec_fn=lambda: os.sched_setaffinity(0, cores),
         )  # fmt: skip
         ended = threading.Event()
@@ -189,16 +192,20 @@ def measure(command: list[str], out: Path, cores: set[int]) -> Figures:
 
         watcher = threading.Thread(target=watch)
         watcher.start()
-        _, status, used = os.wait4(process.pid, 0)  # with its children, as far as they were waited for
+        _, status, used = os.wait4(process.pid, 0)  # with its children, as far as it waited for them
         seconds = time.monotonic() - start
         ended.set()
         watcher.join()
     process.returncode = os.waitstatus_to_exitcode(status)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    every = [used]
+    with suppress(ChildProcessError):
+        while True:  # the others, which are ours as their parent has ended
+            every.append(os.wait4(-process.pid, 0)[2])
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}:\n{log.read_text()[-2000:]}")
-    return Figures(seconds, used.ru_utime + used.ru_stime, peak, written(out))
+    return Figures(seconds, sum(one.ru_utime + one.ru_stime for one in every), peak, written(out))
 
 
 def written(out: Path) -> int:
@@ -249,6 +256,7 @@ def main() -> None:
         return asyncio.run(serve(given.serve))
     if not given.peer_python:
         parser.error("--peer-python: the Python of a virtual environment with img2dataset")
+    ctypes.CDLL(None).prctl(_SUBREAPER, 1)  # whose parent ends is our child, so that its CPU time can be had
     with tempfile.TemporaryDirectory(prefix="download_peer") as name:
         os.chmod(name, 0o755)  # nginx, started by root, serves as nobody
         compare(Path(name), given)
@@ -285,7 +293,9 @@ def scenario(folder: Path, url: str, given: argparse.Namespace, cores: set[int])
             if who == "ours"
             else peers(given.peer_python, lists[rows], out, count, threads)
         )
-        figures = measure(command, out, cores)
+        path = os.pathsep.join(filter(None, [str(ROOT / "tests/base"), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "PYTHONPATH": path} if who == "ours" else dict(os.environ)
+        figures = measure(command, out, cores, environment)
         shutil.rmtree(out)
         return figures
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pyarrow as pa
 
-from vesl.pipeline.engines import Engine
+from vesl.pipeline.engines import Engine, Event
 from vesl.pipeline.plan import chain
 from vesl.pipeline.recipe import load
 from vesl.pipeline.store import Store, encode_table
@@ -46,27 +46,36 @@ def empty_parts(folder: Path, count: int) -> Job:
 def main(kind: str, count: int) -> None:
     """Print the milliseconds a part of a run over empty parts and of one over finished parts, and the driver's memory.
 
-    The time of a run over ten parts, most of it the engine's start, is taken off. A finished part costs its footers.
+    The time of a run over ten parts, most of it the engine's start, is taken off. Ray goes on starting workers for a
+    while, each some seconds of a core: what a part takes in the second half of the run is what more parts would cost.
+    A finished part costs its footers.
     """
     with tempfile.TemporaryDirectory() as folder:
         job = empty_parts(Path(folder), count)
         run = importlib.import_module(f"vesl.pipeline.engines.{kind}").run
         before = psutil.Process().memory_info().rss >> 20
 
-        def seconds(parts: range) -> float:
+        def seconds(parts: range) -> tuple[float, float]:
+            """Of the run, and of it after half of the parts were through."""
             events: Counter[tuple[str, str]] = Counter()
-            begun = time.monotonic()
-            run(job, parts, Engine(kind=kind), lambda event: events.update([(event.kind, event.step)]))  # type: ignore[arg-type]
-            assert all(events["done", step.name] == len(parts) for step in job.steps), events
-            return time.monotonic() - begun
+            begun, half = time.monotonic(), 0.0
 
-        start = seconds(range(10))
+            def listen(event: Event) -> None:
+                nonlocal half
+                events[event.kind, event.step] += 1
+                if not half and events["done", job.steps[-1].name] > len(parts) // 2:
+                    half = time.monotonic()
+
+            run(job, parts, Engine(kind=kind), listen)  # type: ignore[arg-type]
+            assert all(events["done", step.name] == len(parts) for step in job.steps), events
+            return time.monotonic() - begun, time.monotonic() - half
+
+        start, _ = seconds(range(10))
         for name, parts in (("empty", range(10, count)), ("finished", range(10, count))):
-            took = seconds(parts)
-            a_part = (took - start) / len(parts) * 1000
-            print(
-                f"{kind}: {len(parts)} {name} parts: {took:.1f} s, {a_part:.1f} ms a part without the start", flush=True
-            )
+            took, rest = seconds(parts)
+            a_part, later = (took - start) / len(parts) * 1000, rest / (len(parts) / 2) * 1000
+            said = f"{a_part:.1f} ms a part without the start, {later:.1f} in the second half"
+            print(f"{kind}: {len(parts)} {name} parts: {took:.1f} s, {said}", flush=True)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
         print(
             f"{kind}: start {start:.1f} s; driver {before} MiB before, {peak} MiB at its peak; load {os.getloadavg()}"
