@@ -88,7 +88,7 @@ def run_pass(
     """
     index = of(job.steps)
     assert index is not None
-    store, step, parts = job.open_store(), job.steps[index], sorted(downloads)
+    store, step, parts = job.store, job.steps[index], sorted(downloads)
     consumed = {str(part): downloads[part]["content"] for part in parts}
     artefact = f"copies-{fingerprint({'step': step.fingerprint, 'parts': consumed})}.parquet"
     name = f"{step.folder}/{artefact}"

@@ -152,23 +152,66 @@ def is_dead(signed: Mapping[str, Any]) -> bool:
     return False
 
 
+@dataclass(eq=False)
+class _Beat:
+    call: Callable[[], None]
+    every_s: float
+    due: float
+    at_it: threading.Lock = field(default_factory=threading.Lock)
+
+
+class _Heart:
+    """The thread of this process that beats for all who want it; one for each part would be a tenth of a small one."""
+
+    def __init__(self) -> None:
+        self._beats: set[_Beat] = set()
+        self._changed = threading.Condition()
+        self._wakes = 0.0
+        self._thread: threading.Thread | None = None
+
+    def add(self, beat: _Beat) -> None:
+        with self._changed:
+            self._beats.add(beat)
+            if self._thread is None or not self._thread.is_alive():  # a fork has no threads
+                self._thread = threading.Thread(target=self._live, daemon=True, name="vesl-beat")
+                self._thread.start()
+            elif beat.due < self._wakes:
+                self._changed.notify()
+
+    def remove(self, beat: _Beat) -> None:
+        """Afterwards it beats no more, nor is it just beating."""
+        with self._changed:
+            self._beats.discard(beat)
+        with beat.at_it:
+            pass
+
+    def _live(self) -> None:
+        while True:
+            with self._changed:
+                now = time.monotonic()
+                due = [beat for beat in self._beats if beat.due <= now]
+                if not due:
+                    self._wakes = min((beat.due for beat in self._beats), default=now + _BEAT_S)
+                    self._changed.wait(self._wakes - now)
+            for beat in due:
+                with beat.at_it, suppress(Exception):  # a store that is away for a moment
+                    if beat in self._beats:
+                        beat.call()
+                beat.due = time.monotonic() + beat.every_s
+
+
+_HEART = _Heart()
+
+
 @contextmanager
-def beating(beat: Callable[[], None], every_s: float = _BEAT_S) -> Iterator[None]:
-    """Call `beat` now and then, from a thread, until the block ends."""
-    ended = threading.Event()
-
-    def run() -> None:
-        while not ended.wait(every_s):
-            with suppress(OSError):  # a store that is away for a moment
-                beat()
-
-    thread = threading.Thread(target=run, daemon=True, name="vesl-beat")
-    thread.start()
+def beating(call: Callable[[], None], every_s: float = _BEAT_S) -> Iterator[None]:
+    """Call `call` now and then, from a thread, until the block ends."""
+    beat = _Beat(call, every_s, time.monotonic() + every_s)
+    _HEART.add(beat)
     try:
         yield
     finally:
-        ended.set()
-        thread.join()
+        _HEART.remove(beat)
 
 
 def _who(record: Mapping[str, Any], what: str) -> str:

@@ -6,6 +6,9 @@ where it did not change for long by the watcher's own clock: clocks of two machi
 to create the next number, which only one can.
 
 A lease saves work and guards nothing: where two runs hold one after all, the first table that is created counts.
+
+An attempt that ends gives its lease back, so a lease of the same run that nobody holds any more tells of a worker that
+died.
 """
 
 import os
@@ -15,7 +18,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from .journal import beating, is_dead, sign
 from .store import Store, to_json, wip
@@ -33,18 +36,26 @@ class LeasedError(Exception):
     """Another run is at work on this step of this part."""
 
 
+class Held(NamedTuple):
+    """A lease: its file, and how many attempts of the same run died with the part."""
+
+    name: str
+    deaths: int
+
+
 @contextmanager
-def lease(store: Store, table: str, run: str) -> Iterator[None]:
+def lease(store: Store, table: str, run: str) -> Iterator[Held]:
     """Hold the lease of a part's table for a run; for none where `run` is empty.
 
     Raises LeasedError where another run holds it. The lease of a process of the same run, or of one of this machine
     that is dead, is taken over: no two are given the same part by one run.
     """
     if not run:
-        yield
+        yield Held("", 0)
         return
     number = _take(store, table, run)
     name, signed, beats = f"{wip(table)}/{_name(number)}", _sign(run), 0
+    deaths = sum(_fell(_read(store, table, before), run) for before in range(number))
 
     def beat() -> None:
         nonlocal beats
@@ -54,10 +65,10 @@ def lease(store: Store, table: str, run: str) -> Iterator[None]:
 
     try:
         with beating(beat, _BEAT_S):
-            yield
+            yield Held(name, deaths)
     finally:
         with suppress(Exception):  # it would but be silent
-            _release(store, table, number)
+            _release(store, table, number, run if deaths else "")
 
 
 def _take(store: Store, table: str, run: str) -> int:
@@ -74,10 +85,14 @@ def _take(store: Store, table: str, run: str) -> int:
     raise LeasedError(table)
 
 
-def _release(store: Store, table: str, number: int) -> None:
+def _release(store: Store, table: str, number: int, mourning: str = "") -> None:
+    """Remove the lease and those before it, down to one that tells of a death in the run `mourning`."""
     for name in reversed(store.names(wip(table), "lease-")):
-        if (found := _number(name)) is not None and found <= number:
-            store.remove(f"{wip(table)}/{name}")
+        if (found := _number(name)) is None or found > number:
+            continue
+        if found < number and mourning and _fell(_read(store, table, found), mourning):
+            break  # without a gap: who takes the next one begins at the lowest number
+        store.remove(f"{wip(table)}/{name}")
     if store.local:
         with suppress(OSError):  # it is gone, or has unfinished work in it
             os.rmdir(store.path(wip(table)))
@@ -110,6 +125,11 @@ def _sign(run: str) -> dict[str, Any]:
 def _ours(signed: Mapping[str, Any], run: str) -> bool:
     """Whether a lease may be taken at once: it is of the same run, or its holder is known to be dead."""
     return bool(signed.get("run") == run) or is_dead(signed)
+
+
+def _fell(signed: Mapping[str, Any], run: str) -> bool:
+    """Whether a lease that is over was of an attempt of this run; not what its driver claimed from another run."""
+    return bool(signed.get("run") == run) and not signed.get("claimed")
 
 
 def give_back(store: Store, folders: Iterable[str], run: str) -> None:
@@ -168,8 +188,8 @@ class Waiting(Generic[T]):
                 self._seen[table] = (number, signed), time.monotonic()
                 return False
             # The claim is one of this run, so whichever of its workers comes first may have it.
-            claim = f"{wip(table)}/{_name(number + 1)}"
-            return time.monotonic() - since > SILENT_S and self._store.claim(claim, to_json(_sign(self._run)))
+            claim, signature = f"{wip(table)}/{_name(number + 1)}", to_json(_sign(self._run) | {"claimed": True})
+            return time.monotonic() - since > SILENT_S and self._store.claim(claim, signature)
         except OSError:  # a store that is away for a moment
             return False
 

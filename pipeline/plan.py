@@ -83,6 +83,7 @@ class Plan:
             threads={step.name: engine.of(step.name).threads for step in self.steps},
             save_every_s=engine.save_every_s,
             workers={step.name: engine.workers_of(step.name) for step in self.steps},
+            rows=self.rows / max(1, len(self.parts)),
         )
 
 

@@ -434,6 +434,11 @@ def encode_table(table: pa.Table, footer: Mapping[str, Any]) -> bytes:
 
     The bytes depend on the rows and the footer only, not on how the table was put together.
     """
+    return encode_both(table, footer)[0]
+
+
+def encode_both(table: pa.Table, footer: Mapping[str, Any]) -> tuple[bytes, dict[str, Any]]:
+    """The same, and the whole footer as `footer_of` finds it there."""
     table = table.replace_schema_metadata(None).combine_chunks()
     sink = io.BytesIO()
     with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
@@ -441,7 +446,7 @@ def encode_table(table: pa.Table, footer: Mapping[str, Any]) -> bytes:
         content = hashlib.sha256(sink.getbuffer()).hexdigest()
         document = json.dumps({**footer, "content": content}, sort_keys=True, ensure_ascii=False)
         writer.add_key_value_metadata({_FOOTER.decode(): document})
-    return sink.getvalue()
+    return sink.getvalue(), json.loads(document)
 
 
 def encode_piece(table: pa.Table, footer: Mapping[str, Any]) -> bytes:

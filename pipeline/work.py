@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -25,7 +26,7 @@ from ..transforms.records import ADDS, INPUT, INPUT_MORE, step_schema
 from .guard import guarded
 from .leases import lease
 from .stage import ByRow, Function, InTwo, Place, Placed, Sink, Stage, Step, WithFiles, answer, part_name
-from .store import Store, encode_piece, encode_table, footer_of, wip
+from .store import Store, encode_both, encode_piece, wip
 from .takedown import NAMED_BY, match, obeyed
 
 _AHEAD = 2  # batches read while the model is busy
@@ -48,9 +49,11 @@ class Job:
     save_every_s: float
     workers: Mapping[str, int] = field(default_factory=dict)  # that share a step's parts, at most; known to the engine
     run: str = ""  # whose leases keep other runs from a part; none are taken where it has no name
+    rows: float = math.inf  # of a part, on average
 
-    def open_store(self) -> Store:
-        """Open the store on this worker."""
+    @cached_property
+    def store(self) -> Store:
+        """The store, opened on this worker."""
         return Store(self.store_url, self.storage_options)
 
 
@@ -121,6 +124,14 @@ def finished(store: Store, job: Job, index: int, part: int) -> dict[str, Any] | 
     return footer if footer["parent"] == parent["content"] else None
 
 
+def found_done(store: Store, job: Job, index: int, part: int) -> dict[str, Any] | None:
+    """The same; what attempts left that did not come to publish is removed."""
+    footer, step = finished(store, job, index, part), job.steps[index]
+    if footer and store.exists(wip(step.table(part))):
+        tidy(store, step, part, footer)
+    return footer
+
+
 @dataclass
 class Attempt:
     """How one attempt goes about a part. `alone` names each row before it is tried, to find the one that kills."""
@@ -140,10 +151,8 @@ def run_part(
     `opener` gives the stage's function, and is not called where no row is left. Raises StaleError for a part that an
     adopted result does not have, LeasedError for one that another run is at work on.
     """
-    store, step = job.open_store(), job.steps[index]
-    if footer := finished(store, job, index, part):
-        if store.exists(wip(step.table(part))):
-            tidy(store, step, part, footer)
+    store, step = job.store, job.steps[index]
+    if footer := found_done(store, job, index, part):
         return footer, False
     if step.adopted:
         raise StaleError(f"the adopted result {step.folder} has no {part_name(part)} for these inputs")
@@ -333,11 +342,12 @@ def _publish(
 
     For the `first` attempt at all there is nothing else to tidy than its own wip folder.
     """
-    name, data = step.table(part), encode_table(table, footer)
+    name = step.table(part)
+    data, written = encode_both(table, footer)
     settled = store.settle(name, data)
     if settled and first:
         store.sweep(name)
-        return footer_of(pa.BufferReader(data))
+        return written
     if not settled and _require(store, name)["parent"] != footer["parent"]:
         store.replace(name, data)  # left from a parent that is gone: the one case where a table is replaced
     published = _require(store, name)

@@ -250,7 +250,7 @@ def run(job: Job, parts: Sequence[int], engine: Engine, listen: Listener) -> Non
         raise EngineError("the engine beam needs `pip install 'vesl[beam]'`")
     if named := [step.name for step in job.steps if engine.of(step.name).workers]:
         print(f"vesl: engine beam has no workers of single steps: not used for {', '.join(named)}", file=sys.stderr)
-    store = job.open_store()
+    store = job.store
     folder = f"runs/.beam-{uuid.uuid4().hex}"
     try:
         _Driver(job, engine, listen, store, folder).run(parts)

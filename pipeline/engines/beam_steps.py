@@ -119,7 +119,7 @@ class _Work:
     def __call__(self, part: int) -> Iterator[Any]:
         from apache_beam.pvalue import TaggedOutput
 
-        store, step = self.job.open_store(), self.job.steps[self.index]
+        store, step = self.job.store, self.job.steps[self.index]
         name = self.notes.begin(store, self.index, part)
         try:
             text = self._attempts(store, step, part)
@@ -197,7 +197,7 @@ def _count(step: str, footer: Mapping[str, Any] | None, fresh: bool) -> None:
 
 
 def _tell_lost(lost: Mapping[str, Any], job: Job, notes: Notes) -> None:
-    notes.tell(job.open_store(), Event("lost", lost["step"], lost["part"], text=lost["text"]))
+    notes.tell(job.store, Event("lost", lost["step"], lost["part"], text=lost["text"]))
 
 
 def through(

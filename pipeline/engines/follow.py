@@ -33,7 +33,7 @@ def follow(
     Runs in the driver's main thread, so that what `listen` raises ends the run. A store that is away is asked again,
     ever less often, while the workers go on; it raises only where it still is after the end.
     """
-    store = job.open_store()
+    store = job.store
     wanted = {part_name(part): part for part in parts}
     told = set() if told is None else told
     fresh, away_s, looked, rest_until = False, 0.0, time.monotonic(), 0.0

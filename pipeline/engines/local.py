@@ -61,7 +61,7 @@ def run(job: Job, parts: Sequence[int], engine: Engine, listen: Listener) -> Non
     ready: list[deque[Task]] = [deque() for _ in job.steps]  # by step
     ready[0].extend(Task(0, part) for part in parts)
     pool = [_start(job) for _ in range(count)]
-    waiting = Waiting[Task](job.open_store(), job.run)
+    waiting = Waiting[Task](job.store, job.run)
     idle_deaths, told = 0, False
     try:
         while any(ready) or any(worker.tasks for worker in pool) or waiting:

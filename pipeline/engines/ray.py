@@ -28,8 +28,8 @@ from .follow import follow, others
 from .ray_steps import Operator, Row, version
 
 _WAVE = 500  # blocks, cut at once and waiting for a step at most: the driver holds a few kilobytes for each
-_TOGETHER = 64  # parts in a block, at most
-_BLOCKS_A_WORKER = 100  # before parts go together: enough to be shared evenly
+_TOGETHER, _ROWS = 64, 1000  # parts in a block and, where these are several, their rows, at most
+_BLOCKS_A_WORKER = 16  # before parts go together: enough to be shared evenly
 _POLL_S = 0.5
 
 
@@ -42,7 +42,7 @@ def run(job: Job, parts: Sequence[int], engine: Engine, listen: Listener) -> Non
     ends the run.
     """
     told: set[tuple[str, int]] = set()
-    waiting = Waiting[int](job.open_store(), job.run)
+    waiting = Waiting[int](job.store, job.run)
     last, todo = job.steps[-1].name, list(parts)
     with _cluster(engine):
         identity = uuid.uuid4().hex[:8]
@@ -194,16 +194,17 @@ def dataset(job: Job, parts: Sequence[int], engine: Engine, identity: str) -> An
         if need > has.get(kind, 0) and not engine.address and "RAY_ADDRESS" not in os.environ:  # else it may yet grow
             raise EngineError(f"ray: an actor for each step needs {need:g} {kind}s, there are {has.get(kind, 0):g}")
     job = replace(job, workers={name: want["max_size"] for name, want in wants.items()})
-    together = _together(len(parts), max(want["max_size"] for want in wants.values()))
+    together = _together(len(parts), max(want["max_size"] for want in wants.values()), job.rows)
     waves = [parts[first : first + _WAVE * together] for first in range(0, len(parts), _WAVE * together)]
     tables = [pa.table({"part": wave, "state": [""] * len(wave), "said": ["[]"] * len(wave)}) for wave in waves]
     data: Any = ray.data.from_arrow(tables).repartition(target_num_rows_per_block=together)
     data._logical_plan.dag.ray_remote_args["num_cpus"] = 0  # else the cutting waits for a core that no actor has
     data.context.set_config("backpressure_policies.enabled", [_paced()])
     data.context.enable_progress_bars = data.context.print_on_execution_start = False
+    data.context.memory_usage_poll_interval_s = None  # else a thread for each task looks, once a second
     scaling = data.context.autoscaling_config
     scaling.actor_pool_util_upscaling_threshold = 0.9  # busy; by default: and as much in queue
-    scaling.actor_pool_util_downscaling_threshold = 0.3  # by default 0.5: of two actors, one would come and go for ever
+    scaling.actor_pool_util_downscaling_threshold = -1  # never: a pool with little to do would come and go
     for index, step in enumerate(job.steps):
         want = wants[step.name]
         parts_at_once = 2 if step.stage.opens_model else 1  # see Operator
@@ -226,9 +227,9 @@ def dataset(job: Job, parts: Sequence[int], engine: Engine, identity: str) -> An
     return data
 
 
-def _together(parts: int, workers: int) -> int:
-    """How many parts travel in one block: more than one where Ray's work for each block would add up."""
-    return max(1, min(_TOGETHER, parts // (workers * _BLOCKS_A_WORKER)))
+def _together(parts: int, workers: int, rows: float) -> int:
+    """How many parts of so many rows travel in one block: several where Ray's work for a block is more than theirs."""
+    return int(max(1, min(_TOGETHER, parts // (workers * _BLOCKS_A_WORKER), _ROWS // max(1, rows))))
 
 
 def _paced() -> type:

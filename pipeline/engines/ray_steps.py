@@ -8,10 +8,9 @@ import os
 import platform
 import time
 import traceback
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from threading import Lock, Semaphore
 from typing import Any
@@ -19,10 +18,10 @@ from typing import Any
 import pyarrow as pa
 
 from ...models.contract import ModelError
-from ..leases import LeasedError
+from ..leases import LeasedError, lease
 from ..stage import Function, Stage
 from ..store import Store, wip
-from ..work import Attempt, Job, run_part
+from ..work import Attempt, Job, found_done, run_part
 from . import Engine, Event, local
 from .worker import HANGS, Clock, Turn, Watch, in_turn
 
@@ -50,14 +49,15 @@ class Operator:
     """
 
     def __init__(self, job: Job, index: int, identity: str, version: str, engine: Engine) -> None:
-        self._job, self._index, self._wanted = job, index, version
+        self._job, self._index, self._wanted = replace(job, run=""), index, version  # the leases are taken here
         self._step, self._engine = job.steps[index], engine
         self._function: Function | None = None
         self._opening = 0.0
         self._places, self._gate, self._turn, self._clock = Semaphore(2), Lock(), Turn(), Clock()
-        self._watch, self._marks = Watch(engine, self._turn), set[str]()
-        self._mark, self._hang = f"attempt-{identity}-", f"hung-{identity}-"  # how names of notes begin
+        self._watch, self._leases = Watch(engine, self._turn), set[str]()
+        self._run, self._hang = job.run or identity, f"hung-{identity}-"  # how a note's name begins
         self._end = ""  # "model" or "version": no part can be done here
+        gc.freeze()  # what was imported stays: it need not be looked through for garbage again and again
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Do the step for the parts of a block, which is told of in the same rows."""
@@ -101,32 +101,33 @@ class Operator:
         return "lost"
 
     def _attempt(self, part: int, say: Callable[[str, str], None]) -> str:
-        """Do the part, unless it is to be given up; the row's new state."""
-        store, folder = self._job.open_store(), wip(self._step.table(part))
+        """Do the part, unless it is done or to be given up; the row's new state."""
+        store, table = self._job.store, self._step.table(part)
+        if footer := found_done(store, self._job, self._index, part):
+            say("done", json.dumps([False, footer]))
+            return ""
         gate = ExitStack()
         gate.enter_context(self._gate)
-        with gate, closing(self._turn):
-            lost, deaths = self._before(store, folder, say)
-            if lost:
+        with gate, closing(self._turn), lease(store, table, self._run) as held, self._noted(held.name):
+            if self._before(store, wip(table), held.deaths, say):
                 return "lost"
-            with self._marked(store, folder):
-                if deaths >= _DEATHS:
-                    return self._alone(part, say)
-                counts: list[int] = []
+            if held.deaths >= _DEATHS:
+                return self._alone(part, say)
+            counts: list[int] = []
 
-                def on_rows(rows: int) -> None:
-                    counts.append(rows)
-                    self._watch.hear()
+            def on_rows(rows: int) -> None:
+                counts.append(rows)
+                self._watch.hear()
 
-                def on_read() -> None:
-                    self._turn.take()
-                    if not deaths:
-                        gate.close()
+            def on_read() -> None:
+                self._turn.take()
+                if not held.deaths:
+                    gate.close()
 
-                attempt = Attempt(on_rows=on_rows, on_key=lambda key: self._turn.close(), on_read=on_read)
-                begun = time.monotonic()
-                with self._watch.over(lambda why: self._hung(store, folder, why)):
-                    footer, fresh = run_part(self._job, self._index, part, self._open, attempt)
+            attempt = Attempt(on_rows=on_rows, on_key=lambda key: self._turn.close(), on_read=on_read)
+            begun = time.monotonic()
+            with self._watch.over(lambda why: self._hung(store, wip(table), why)):
+                footer, fresh = run_part(self._job, self._index, part, self._open, attempt)
             opening, self._opening = self._opening, 0.0
             if opening:
                 say("open", f"{opening:.3f} 0")
@@ -136,40 +137,33 @@ class Operator:
             say("done", json.dumps([fresh, footer]))
             return ""
 
-    def _before(self, store: Store, folder: str, say: Callable[[str, str], None]) -> tuple[bool, int]:
-        """By the marks of earlier attempts: whether the part is given up, and how many workers died with it."""
-        marks = store.names(folder)
-        if hangs := [name for name in marks if name.startswith(self._hang)]:
+    def _before(self, store: Store, folder: str, deaths: int, say: Callable[[str, str], None]) -> bool:
+        """Tell what became of earlier attempts; whether the part is given up for it."""
+        if hangs := store.names(folder, self._hang):
             why = store.read(f"{folder}/{hangs[-1]}").decode()
             say("retry", why)  # also before the end: the attempt that could have said so hung too
             if len(hangs) >= HANGS:
                 say("lost", f"{why}, {len(hangs)} times")
-                return True, 0
-        if deaths := len([name for name in marks if name.startswith(self._mark)]):
+                return True
+        if deaths:
             say("retry" if deaths < _GIVE_UP else "lost", f"the worker died, {deaths} times in this run")
             self._turn.take()
-        return deaths >= _GIVE_UP, deaths
+        return deaths >= _GIVE_UP
 
     @contextmanager
-    def _marked(self, store: Store, folder: str) -> Iterator[None]:
-        """Leave a mark; if this process dies, it stays, and the next attempt counts it."""
-        mark = f"{folder}/{self._mark}{uuid.uuid4().hex[:8]}"
-        store.claim(mark, f"{platform.node()} {os.getpid()} {time.time():.0f}\n".encode())
-        self._marks.add(mark)
+    def _noted(self, name: str) -> Iterator[None]:
+        """Know the lease's file by name."""
+        self._leases.add(name)
         try:
             yield
-        except Exception:
-            with suppress(Exception):  # a fault is no death; left where the store is away, it counts as one
-                store.remove(mark)
-            raise
         finally:
-            self._marks.discard(mark)
+            self._leases.discard(name)
 
     def _hung(self, store: Store, folder: str, why: str) -> None:
         """Before this process is ended for a part that hangs: that is the fault of no other, and no death."""
         store.claim(f"{folder}/{self._hang}{time.time_ns()}", why.encode())
-        for mark in list(self._marks):
-            store.remove(mark)
+        for name in list(self._leases):
+            store.remove(name)
 
     def _open(self, stage: Stage) -> Function:
         if self._function is None:

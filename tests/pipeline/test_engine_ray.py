@@ -1,5 +1,6 @@
 """The Ray engine on a real local Ray of two CPUs, started once: same bytes, same events, and no fault that stops it."""
 
+import math
 import os
 import sys
 import time
@@ -257,6 +258,8 @@ def test_a_part_that_hangs_is_given_up_and_one_of_another_run_is_waited_for(
     assert not list(Path(world.store).rglob("lease-*"))
 
 
-def test_parts_travel_together_where_they_are_very_many() -> None:
-    many = ((1, 2), (200, 2), (2000, 2), (20_000, 64), (10**6, 64), (10**6, 4000))
-    assert [engine._together(*of) for of in many] == [1, 1, 10, 3, 64, 2]
+def test_parts_travel_together_where_they_are_many_and_small() -> None:
+    small = ((1, 2, 0), (40, 2, 5), (200, 2, 10), (2000, 2, 0), (10**6, 64, 10), (10**6, 4000, 10))
+    assert [engine._together(*of) for of in small] == [1, 1, 6, 62, 64, 15]
+    large = ((2000, 2, 100), (10**6, 4, 400.5), (10**6, 4, 10_000), (10**6, 4, math.inf))
+    assert [engine._together(*of) for of in large] == [10, 2, 1, 1]

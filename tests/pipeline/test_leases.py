@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -165,6 +166,31 @@ def test_a_lease_that_is_silent_for_long_is_taken_over_by_one(store: Store, monk
     assert not held(store, "third")
     assert held(store, "mine")
     assert watchers[1].free() == ["task"]  # as it ended
+
+
+def test_a_lease_tells_how_many_attempts_of_its_run_died(store: Store) -> None:
+    def died(number: int, run: str, **more: Any) -> None:
+        store.create(f"{wip(TABLE)}/lease-{number:05d}", to_json(leases._sign(run) | {"pid": 2**22 + 1} | more))
+
+    def fault() -> int:
+        try:
+            with lease(store, TABLE, "one") as held:
+                deaths = held.deaths
+                raise OSError
+        except OSError:
+            return deaths
+
+    assert fault() == 0
+    assert store.names(wip(TABLE)) == []
+    for number, run in enumerate(["two", "one", "one"]):
+        died(number, run)
+    died(3, "one", claimed=True)  # by the driver, from a run that is silent: nobody was at work
+    assert fault() == 2
+    assert fault() == 2  # what ended without a death is over, and hides none
+    assert store.names(wip(TABLE)) == ["lease-00000", "lease-00001", "lease-00002"]
+    with lease(store, TABLE, "three") as held:
+        assert held.deaths == 0
+    assert store.names(wip(TABLE)) == []
 
 
 def test_what_a_run_still_has_at_its_end_is_given_back(store: Store) -> None:

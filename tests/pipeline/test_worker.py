@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,7 @@ def job(tmp_path: Path) -> Job:
     store = Store(str(tmp_path))
     job = job_for(store, DOWNLOAD, save_every_s=0)
     store.create("input/x/part-00001.parquet", store.read(f"input/x/{TABLE}"))
-    return Job(**vars(job) | {"inputs": (*job.inputs, "input/x/part-00001.parquet"), "threads": {"download": 1}})
+    return replace(job, inputs=(*job.inputs, "input/x/part-00001.parquet"), threads={"download": 1})
 
 
 def done(job: Job) -> Any:
@@ -61,7 +62,7 @@ def test_of_two_parts_at_a_time_no_second_counts_twice(monkeypatch: pytest.Monke
 def test_of_two_parts_the_one_that_began_first_has_the_model_first(job: Job) -> None:
     """Even where it is prepared more slowly: else it would be the one that is blamed if the other hangs."""
     draw, order, asked, began = Drawn().open(), list[int](), list[bool](), threading.Event()
-    job = Job(**vars(job) | {"batch": {"download": 12}})
+    job = replace(job, batch={"download": 12})
 
     def prepare(batch: pa.Table) -> int:
         asked.append(True)
