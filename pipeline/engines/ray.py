@@ -204,7 +204,8 @@ def dataset(job: Job, parts: Sequence[int], engine: Engine, identity: str) -> An
     data.context.memory_usage_poll_interval_s = None  # else a thread for each task looks, once a second
     scaling = data.context.autoscaling_config
     scaling.actor_pool_util_upscaling_threshold = 0.9  # busy; by default: and as much in queue
-    scaling.actor_pool_util_downscaling_threshold = -1  # never: a pool with little to do would come and go
+    shrinks = any(engine.of(step.name).min_workers for step in job.steps)
+    scaling.actor_pool_util_downscaling_threshold = 0.3 if shrinks else -1  # else one with little to do comes and goes
     for index, step in enumerate(job.steps):
         want = wants[step.name]
         parts_at_once = 2 if step.stage.opens_model else 1  # see Operator
