@@ -132,9 +132,12 @@ def _fell(signed: Mapping[str, Any], run: str) -> bool:
     return bool(signed.get("run") == run) and not signed.get("claimed")
 
 
-def give_back(store: Store, folders: Iterable[str], run: str) -> None:
-    """Remove the leases that a run still has below these folders, as it ends: those of workers that it ended."""
-    every = list(folders)
+def give_back(store: Store, folders: Iterable[str], run: str) -> list[str]:
+    """Remove the leases that a run still has below these folders: of workers that died, or that it ended.
+
+    Return the tables that these were at work on.
+    """
+    every, fell = list(folders), list[str]()
     with ThreadPoolExecutor(_READERS) as pool:  # a bucket's listings take long
         listed = list(pool.map(lambda folder: store.names(folder, "part-"), every))
     for folder, names in zip(every, listed, strict=True):
@@ -142,8 +145,11 @@ def give_back(store: Store, folders: Iterable[str], run: str) -> None:
             table = f"{folder}/{name.removesuffix('.wip')}.parquet"
             if not name.endswith(".wip") or (number := _newest(store, table)) is None:
                 continue
-            if _read(store, table, number).get("run") == run:
+            signed = _read(store, table, number)
+            if signed.get("run") == run:
+                fell += [table] if _fell(signed, run) else []
                 _release(store, table, number)
+    return fell
 
 
 class Waiting(Generic[T]):

@@ -3,8 +3,9 @@
 The pipeline runs in a process of its own beside the driver, which can end it, and all that it started, at any moment:
 Beam's local runner cannot be cancelled, dies with a row that kills its worker where both are one process, and may wait
 for ever for a worker process that died. The driver learns from the store how far things are, and submits again what is
-missing. What only the workers know (why a part was given up, which parts are being tried) they leave there as small
-notes, in a folder that is removed when the run ends. The steps themselves are in `beam_steps`.
+missing. Which parts a pipeline was at when it broke their leases tell; what else only the workers know (why a part was
+given up) they leave there as small notes, in a folder that is removed when the run ends. The steps themselves are in
+`beam_steps`.
 
 Without options Beam works in that one process: each model is open once, and a death costs the one part in flight. With
 `engine.workers` above 1, and no runner named, it works in that many processes, each with models of its own. A runner on
@@ -15,6 +16,7 @@ itself where a part hangs; on Beam's local runner that ends the pipeline, and th
 
 # mypy: allow-untyped-calls
 import io
+import json
 import multiprocessing as mp
 import os
 import signal
@@ -32,7 +34,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from ...models.contract import ModelError
-from ..leases import Waiting
+from ..leases import Waiting, give_back
+from ..listing import part_of
 from ..store import Store
 from ..work import Job
 from . import Engine, EngineError, Event, Listener, local
@@ -141,9 +144,9 @@ class _Driver:
                 if not parts:
                     return
                 continue
+            suspects = self._suspects()
             if self._hung(number):  # it was ended for that one; the others that were under way are not to blame
                 continue
-            suspects = self._suspects(number)
             if not suspects and before == len(self.told) + len(self.lost):
                 raise EngineError(f"engine beam: {text}")
             for index, part in suspects:
@@ -166,10 +169,11 @@ class _Driver:
             self.hear(Event("retry" if again else "lost", self.job.steps[place[0]].name, place[1], text=text))
         return bool(names)
 
-    def _suspects(self, number: int) -> list[tuple[int, int]]:
-        """What a pipeline was at when it broke: steps and parts that did not run alone yet."""
-        names = self.store.names(f"{self.folder}/at", f"{number}-")
-        found = {(int(name.split("-")[1]), int(name.split("-")[2])) for name in names}
+    def _suspects(self) -> list[tuple[int, int]]:
+        """What a pipeline was at when it broke, as its leases tell: steps and parts that did not run alone yet."""
+        at = {step.folder: index for index, step in enumerate(self.job.steps)}
+        left = [table.rpartition("/") for table in give_back(self.store, at, self.job.run)]
+        found = {(at[folder], part) for folder, _, name in left if (part := part_of(name)) is not None}
         return sorted(place for place in found if self.deaths[place] < _DEATHS and place[1] not in self.lost)
 
     def hear(self, event: Event) -> None:
@@ -185,10 +189,11 @@ class _Driver:
         found: list[Event] = []
         with suppress(OSError):  # a store that is away for a moment
             for name in self.store.names(f"{self.folder}/told"):
-                if name.endswith(".json") and name not in self.heard:
-                    found.append(Event(**self.store.read_json(f"{self.folder}/told/{name}")))
-                    self.heard.add(name)
-                    self.store.remove(f"{self.folder}/told/{name}")  # else every look would list all that was ever told
+                with suppress(ValueError):  # half written, until the next look
+                    if name not in self.heard:
+                        found.append(Event(**json.loads(self.store.read(f"{self.folder}/told/{name}"))))
+                        self.heard.add(name)
+                        self.store.remove(f"{self.folder}/told/{name}")  # else every look would list all of them
         for event in found:
             if event.part == NO_PART:
                 raise ModelError(event.text)
@@ -250,10 +255,10 @@ def run(job: Job, parts: Sequence[int], engine: Engine, listen: Listener) -> Non
         raise EngineError("the engine beam needs `pip install 'vesl[beam]'`")
     if named := [step.name for step in job.steps if engine.of(step.name).workers]:
         print(f"vesl: engine beam has no workers of single steps: not used for {', '.join(named)}", file=sys.stderr)
-    store = job.store
-    folder = f"runs/.beam-{uuid.uuid4().hex}"
+    store, name = job.store, uuid.uuid4().hex
+    folder = f"runs/.beam-{name}"
     try:
-        _Driver(job, engine, listen, store, folder).run(parts)
+        _Driver(replace(job, run=job.run or name), engine, listen, store, folder).run(parts)
     finally:
         with suppress(Exception):
             store.fs.rm(store.path(folder), recursive=True)

@@ -20,7 +20,7 @@ import pyarrow as pa
 from ...models.contract import ModelError
 from ..leases import LeasedError
 from ..stage import Function, InTwo, Stage, Step
-from ..store import Store
+from ..store import Store, to_json
 from ..work import Attempt, Job, run_part
 from . import Engine, Event, Resources
 from .worker import Clock, Turn, Watch, in_turn
@@ -85,26 +85,12 @@ class Notes:
         """Leave an event for the driver."""
         if self.folder:
             told = {name: getattr(event, name) for name in ("kind", "step", "part", "rows", "seconds", "text")}
-            store.write_json(f"{self.folder}/told/{time.time_ns()}-{uuid.uuid4().hex[:8]}.json", told)
+            store.claim(f"{self.folder}/told/{time.time_ns()}-{uuid.uuid4().hex[:8]}.json", to_json(told))
 
     def hung(self, store: Store, index: int, part: int, why: str) -> None:
         """Say that a part hangs, before this process is ended for it."""
         if self.folder:
             store.claim(f"{self.folder}/hung/{self.round}-{index}-{part}-{uuid.uuid4().hex[:8]}", why.encode())
-
-    def begin(self, store: Store, index: int, part: int) -> str:
-        """Say that an attempt is going on, until `end`."""
-        name = f"{self.folder}/at/{self.round}-{index}-{part}-{uuid.uuid4().hex[:8]}"
-        with suppress(Exception):  # a note that is missing costs no more than the name of a culprit
-            if self.folder:
-                store.claim(name, b"")
-        return name
-
-    def end(self, store: Store, name: str) -> None:
-        """Take back what `begin` said."""
-        with suppress(Exception):
-            if self.folder:
-                store.remove(name)
 
 
 @dataclass(frozen=True)
@@ -120,14 +106,11 @@ class _Work:
         from apache_beam.pvalue import TaggedOutput
 
         store, step = self.job.store, self.job.steps[self.index]
-        name = self.notes.begin(store, self.index, part)
         try:
             text = self._attempts(store, step, part)
         except LeasedError:
             self.notes.tell(store, Event("wait", step.name, part, text=step.table(part)))
             return
-        finally:
-            self.notes.end(store, name)
         yield TaggedOutput("lost", {"step": step.name, "part": part, "text": text}) if text else part
 
     def _attempts(self, store: Store, step: Step, part: int) -> str:
