@@ -11,6 +11,7 @@ An attempt that ends gives its lease back, so a lease of the same run that nobod
 died.
 """
 
+import json
 import os
 import re
 import time
@@ -21,7 +22,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from .journal import beating, is_dead, sign
-from .store import Store, to_json, wip
+from .store import Store, wip
 
 T = TypeVar("T")
 SILENT_S = 120.0  # that a lease may stay unchanged
@@ -61,7 +62,7 @@ def lease(store: Store, table: str, run: str) -> Iterator[Held]:
         nonlocal beats
         beats += 1
         if _newest(store, table) == number:  # else the part is published, or another run's
-            store.replace(name, to_json(signed | {"beats": beats}))
+            store.replace(name, _encode(signed | {"beats": beats}))
 
     try:
         with beating(beat, _BEAT_S):
@@ -76,7 +77,7 @@ def _take(store: Store, table: str, run: str) -> int:
     number = 0
     for _ in range(_TRIES):
         with suppress(FileNotFoundError):  # another run has just published, and swept the folder away
-            if store.claim(f"{wip(table)}/{_name(number)}", to_json(_sign(run))):
+            if store.claim(f"{wip(table)}/{_name(number)}", _encode(_sign(run))):
                 return number
         newest = _newest(store, table)
         if newest is not None and not _ours(_read(store, table, newest), run):
@@ -116,6 +117,10 @@ def _read(store: Store, table: str, number: int) -> dict[str, Any]:
     with suppress(ValueError):
         return store.read_json(f"{wip(table)}/{_name(number)}") or {}
     return {}
+
+
+def _encode(signed: Mapping[str, Any]) -> bytes:
+    return json.dumps(signed).encode()
 
 
 def _sign(run: str) -> dict[str, Any]:
@@ -194,7 +199,7 @@ class Waiting(Generic[T]):
                 self._seen[table] = (number, signed), time.monotonic()
                 return False
             # The claim is one of this run, so whichever of its workers comes first may have it.
-            claim, signature = f"{wip(table)}/{_name(number + 1)}", to_json(_sign(self._run) | {"claimed": True})
+            claim, signature = f"{wip(table)}/{_name(number + 1)}", _encode(_sign(self._run) | {"claimed": True})
             return time.monotonic() - since > SILENT_S and self._store.claim(claim, signature)
         except OSError:  # a store that is away for a moment
             return False

@@ -23,7 +23,6 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import fsspec
@@ -229,7 +228,7 @@ class Store:
         """Create a small file only if it is absent; whether it was. Others may see it half written, or sweep it."""
         try:
             if self.local:
-                with _scratch(Path(self.path(name))) as file:
+                with _scratch(self.path(name)) as file:
                     file.write(data)
             else:
                 self.ask("written", name, lambda: self._create_remote(name, data))
@@ -264,12 +263,13 @@ class Store:
             with tempfile.TemporaryFile() as file:
                 yield file
             return
-        path = Path(self.path(wip(name))) / f"{uuid.uuid4().hex}.tmp"
+        path = f"{self.path(wip(name))}/{uuid.uuid4().hex}.tmp"
         try:
             with _scratch(path) as file:
                 yield file
         finally:
-            path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                os.unlink(path)
 
     def publish(self, spooled: BinaryIO, name: str) -> None:
         """Move a spooled file to its name, over an older one (whose content is the same, or is no longer cited)."""
@@ -337,6 +337,8 @@ class Store:
         Raises StoreFault for a file that is not whole.
         """
         footer: dict[str, Any] | None = None
+        if self.local and not os.path.exists(self.path(name)):  # an error to tell it is ten times dearer
+            return None
         try:
             if not self.local:  # in one request instead of three
                 end = self.ask("read", name, lambda: self.fs.cat_file(self.path(name), start=-_END_BYTES))
@@ -370,14 +372,14 @@ class Store:
         return StoreFault(f"{self.url.rstrip('/')}/{name} is {what}: remove it, then run again to make it anew")
 
 
-def _scratch(path: Path) -> BinaryIO:
+def _scratch(path: str) -> BinaryIO:
     """Open a new file, and make the folder for it. Another process may sweep that away at any moment."""
     for left in range(4, -1, -1):
         try:
             with suppress(FileNotFoundError):  # mostly it is there: a lease is in it
-                return path.open("x+b")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            return path.open("x+b")
+                return open(path, "x+b")
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            return open(path, "x+b")
         except (FileNotFoundError, FileExistsError):  # the second by `mkdir`, of a folder that it then does not find
             if not left:
                 raise

@@ -4,6 +4,7 @@ Elements are the numbers of parts. Everything here runs on the workers, or build
 """
 
 # mypy: allow-untyped-calls
+import json
 import math
 import os
 import threading
@@ -20,7 +21,7 @@ import pyarrow as pa
 from ...models.contract import ModelError
 from ..leases import LeasedError
 from ..stage import Function, InTwo, Stage, Step
-from ..store import Store, to_json
+from ..store import Store
 from ..work import Attempt, Job, run_part
 from . import Engine, Event, Resources
 from .worker import Clock, Turn, Watch, in_turn
@@ -85,7 +86,7 @@ class Notes:
         """Leave an event for the driver."""
         if self.folder:
             told = {name: getattr(event, name) for name in ("kind", "step", "part", "rows", "seconds", "text")}
-            store.claim(f"{self.folder}/told/{time.time_ns()}-{uuid.uuid4().hex[:8]}.json", to_json(told))
+            store.claim(f"{self.folder}/told/{time.time_ns()}-{uuid.uuid4().hex[:8]}.json", json.dumps(told).encode())
 
     def hung(self, store: Store, index: int, part: int, why: str) -> None:
         """Say that a part hangs, before this process is ended for it."""
@@ -161,9 +162,9 @@ class _Work:
         with ExitStack() as until, watch.over(lambda why: self.notes.hung(store, self.index, part, why)):
             attempt = Attempt(on_rows=on_rows, on_key=lambda key: shared.turn.close())
             footer, fresh = run_part(self.job, self.index, part, opener, attempt)
-        if fresh:
+        if fresh and (rows := sum(counts[1:])):
             seconds = shared.clock.since(begun) - opening
-            self.notes.tell(store, Event("spent", step.name, part, rows=sum(counts[1:]), seconds=seconds))
+            self.notes.tell(store, Event("spent", step.name, part, rows=rows, seconds=seconds))
         return footer, fresh
 
 

@@ -1,12 +1,13 @@
 """Overhead of an engine per part of no-op work through the whole chain, and the driver's memory. By hand:
 
 python tests/bench/engine_overhead.py ray 2000
+python tests/bench/engine_overhead.py beam 2000 --workers 2
 """
 
+import argparse
 import importlib
 import os
 import resource
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -43,7 +44,7 @@ def empty_parts(folder: Path, count: int) -> Job:
     return Job(recipe.store, {}, steps, inputs, {step.name: 256 for step in steps}, {}, 60.0, run="bench", rows=0)
 
 
-def main(kind: str, count: int) -> None:
+def main(kind: str, count: int, workers: int | None) -> None:
     """Print the milliseconds a part of a run over empty parts and of one over finished parts, and the driver's memory.
 
     The time of a run over ten parts, most of it the engine's start, is taken off. Ray goes on starting workers for a
@@ -66,7 +67,7 @@ def main(kind: str, count: int) -> None:
                     through.append(time.monotonic())
 
             begun = time.monotonic()
-            run(job, parts, Engine(kind=kind), listen)  # type: ignore[arg-type]
+            run(job, parts, Engine(kind=kind, workers=workers), listen)  # type: ignore[arg-type]
             assert all(events["done", step.name] == len(parts) for step in job.steps), events
             return time.monotonic() - begun, through[-1] - through[len(parts) // 2]
 
@@ -84,4 +85,9 @@ def main(kind: str, count: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("engine", choices=("local", "ray", "beam"))
+    parser.add_argument("parts", type=int)
+    parser.add_argument("--workers", type=int, help="processes; default: the engine's own")
+    arguments = parser.parse_args()
+    main(arguments.engine, arguments.parts, arguments.workers)

@@ -125,15 +125,16 @@ def _create_until_killed(url: str) -> None:
 def test_a_scratch_file_whose_folder_another_process_sweeps_away_is_opened_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, opened, swept = Store(str(tmp_path)), Path.open, list[Path]()
+    store, swept = Store(str(tmp_path)), list[Path]()
 
-    def just_before(path: Path, *arguments: Any) -> Any:
-        if not swept:
-            swept.append(path.parent)
-            shutil.rmtree(path.parent)
-        return opened(path, *arguments)
+    def just_before(path: str, mode: str) -> Any:
+        folder = Path(path).parent
+        if not swept and folder.exists():
+            swept.append(folder)
+            shutil.rmtree(folder)
+        return open(path, mode)
 
-    monkeypatch.setattr(Path, "open", just_before)
+    monkeypatch.setattr("vesl.pipeline.store.open", just_before, raising=False)
     with store.spool("a/shard.tar") as file:
         file.write(b"tar")
         store.publish(file, "a/shard.tar")
