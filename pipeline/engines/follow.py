@@ -15,6 +15,7 @@ _READERS = 8
 _AWAY_S = 30.0  # between two looks at a store that is away, at most
 _LOOK_S = 0.5
 _SAVED_EVERY_S = 15.0  # between two looks at what is saved of unfinished parts
+_AT_ONCE = 5000  # footers, that are told before the next are read
 _REST = 20  # times what the listing took, at least, until the next: it grows with the number of parts
 
 
@@ -45,14 +46,15 @@ def follow(
             continue
         look = now - looked > _SAVED_EVERY_S
         looked = now if look else looked
-        found: list[Event] = []
+        found, room = list[Event](), _AT_ONCE
         try:
             with ThreadPoolExecutor(_READERS) as pool:
                 listed = list(pool.map(lambda step: store.names(step.folder, "part-"), job.steps))
                 rest_until = time.monotonic() + _REST * (time.monotonic() - now)
                 for step, names in zip(job.steps, listed, strict=True):
                     there = {wanted[name[:-8]] for name in names if name.endswith(".parquet") and name[:-8] in wanted}
-                    new = [part for part in sorted(there) if (step.name, part) not in told]
+                    new = [part for part in sorted(there) if (step.name, part) not in told][:room]
+                    room -= len(new)
                     begun = {wanted[name[:-4]] for name in names if name.endswith(".wip") and name[:-4] in wanted}
                     for part, footer in zip(new, pool.map(store.footer, map(step.table, new)), strict=True):
                         found += [Event("done", step.name, part, footer=footer, fresh=fresh)] if footer else []
@@ -66,6 +68,9 @@ def follow(
         for event in found:
             told.update([(event.step, event.part)] if event.kind == "done" else [])
             listen(event)
+        if not room and not away_s:  # there are more
+            rest_until = 0.0
+            continue
         fresh = fresh or not away_s
         if not going and not away_s:
             return

@@ -77,11 +77,9 @@ def main(kind: str, count: int, workers: int | None) -> None:
             a_part, later = (took - start) / len(parts) * 1000, rest / (len(parts) / 2) * 1000
             said = f"{a_part:.1f} ms a part without the start"
             said += f", {later:.1f} in the second half" if name == "empty" else ""  # the others are told at once
-            print(f"{kind}: {len(parts)} {name} parts: {took:.1f} s, {said}", flush=True)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-        print(
-            f"{kind}: start {start:.1f} s; driver {before} MiB before, {peak} MiB at its peak; load {os.getloadavg()}"
-        )
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+            print(f"{kind}: {len(parts)} {name} parts: {took:.1f} s, {said}; driver {peak} MiB so far", flush=True)
+        print(f"{kind}: start {start:.1f} s; driver {before} MiB before; load {os.getloadavg()}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from vesl.pipeline.engines import Engine, Event, follow, local, worker
 from vesl.pipeline.engines.worker import Clock, Task, Turn, in_turn
 from vesl.pipeline.progress import Tally
 from vesl.pipeline.stage import InTwo
-from vesl.pipeline.store import Store
+from vesl.pipeline.store import Store, StoreFault
 from vesl.pipeline.work import Attempt, Job, run_part
 
 
@@ -155,3 +155,30 @@ def test_what_is_saved_of_a_part_is_told(job: Job, monkeypatch: pytest.MonkeyPat
     assert [(e.kind, e.part, e.rows) for e in events][:3] == [("done", 0, 0), ("saved", 1, 2), ("saved", 1, 4)]
     assert seen == [0, 14, 16, 18]
     assert tally.done("download") == 20
+
+
+def test_many_parts_are_told_in_portions_also_where_the_store_goes_away(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow, "_AT_ONCE", 3)
+    first = job.store.read(f"input/x/{TABLE}")
+    job = replace(job, inputs=tuple(f"input/x/part-{part:05d}.parquet" for part in range(8)))
+    for part in range(8):
+        job.store.create(job.inputs[part], first)
+        run_part(job, 0, part, lambda stage: stage.open(), Attempt())
+    events, told, read, faults = list[Event](), list[int](), Store.footer, iter([True])
+
+    def footer(store: Store, name: str) -> dict[str, Any] | None:
+        if name.endswith("4.parquet") and next(faults, False):
+            raise StoreFault("away")
+        return read(store, name)
+
+    def running() -> bool:
+        told.append(len(events))
+        return len(told) < 3
+
+    monkeypatch.setattr(Store, "footer", footer)
+    follow.follow(job, range(8), running, events.append, 0.0)
+    assert [event.part for event in events] == list(range(8))
+    assert {(event.kind, event.fresh) for event in events} == {("done", False)}
+    assert told[:3] == [0, 3, 4]  # of the second portion one was read
