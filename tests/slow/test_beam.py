@@ -1,11 +1,13 @@
 """Engine `beam` when workers or the driver die, with other numbers of workers, and over many parts. Run by hand."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -71,11 +73,17 @@ def test_a_worker_process_killed_in_each_step(world: World, step: str) -> None:
     killed: list[int] = []
 
     def kill_in_the_middle() -> None:
-        while not list(Path(world.store).glob(f"{step}/*/part-*.wip/lease-*")):
+        """Whoever has a lease of the step, and stopped, so that it has it for sure."""
+        while not killed:
             time.sleep(0.002)
-        for process in sdk_workers()[-1:]:
-            process.kill()
-            killed.append(process.pid)
+            for lease in Path(world.store).glob(f"{step}/*/part-*.wip/lease-*"):
+                with suppress(OSError, ValueError):  # it ended, or is half written
+                    worker = json.loads(lease.read_text())["pid"]
+                    os.kill(worker, signal.SIGSTOP)
+                    held = lease.exists()
+                    os.kill(worker, signal.SIGKILL if held else signal.SIGCONT)
+                    killed.extend([worker] * held)
+                    break
 
     threading.Thread(target=kill_in_the_middle, daemon=True).start()
     events = carry(world, *MULTI)
