@@ -56,7 +56,6 @@ def lease(store: Store, table: str, run: str) -> Iterator[Held]:
         return
     number = _take(store, table, run)
     name, signed, beats = f"{wip(table)}/{_name(number)}", _sign(run), 0
-    deaths = sum(_fell(_read(store, table, before), run) for before in range(number))
 
     def beat() -> None:
         nonlocal beats
@@ -65,11 +64,12 @@ def lease(store: Store, table: str, run: str) -> Iterator[Held]:
             store.replace(name, _encode(signed | {"beats": beats}))
 
     try:
+        deaths = sum(_fell(_read(store, table, before), run) for before in range(number))
         with beating(beat, _BEAT_S):
             yield Held(name, deaths)
     finally:
         with suppress(Exception):  # it would but be silent
-            _release(store, table, number, run if deaths else "")
+            _release(store, table, number, run if number else "")
 
 
 def _take(store: Store, table: str, run: str) -> int:

@@ -1,9 +1,11 @@
 """How an engine on other machines tells what happens: the store says which parts are done, whoever did them."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import islice
 
 from ..leases import Waiting
 from ..stage import Step, part_name
@@ -37,29 +39,33 @@ def follow(
     store = job.store
     wanted = {part_name(part): part for part in parts}
     told = set() if told is None else told
-    fresh, away_s, looked, rest_until = False, 0.0, time.monotonic(), 0.0
+    fresh, last, away_s, looked, rest_until = False, False, 0.0, time.monotonic(), 0.0
+    listed: deque[tuple[Step, int]] = deque()  # published, and not told yet
     while True:
         going = running()  # asked before the last look, so that nothing is missed
         now = time.monotonic()
-        if going and now < rest_until:
+        if going and now < rest_until and not listed:
             time.sleep(poll_s)
             continue
-        look = now - looked > _SAVED_EVERY_S
-        looked = now if look else looked
-        found, room = list[Event](), _AT_ONCE
+        found: list[Event] = []
         try:
             with ThreadPoolExecutor(_READERS) as pool:
-                listed = list(pool.map(lambda step: store.names(step.folder, "part-"), job.steps))
-                rest_until = time.monotonic() + _REST * (time.monotonic() - now)
-                for step, names in zip(job.steps, listed, strict=True):
-                    there = {wanted[name[:-8]] for name in names if name.endswith(".parquet") and name[:-8] in wanted}
-                    new = [part for part in sorted(there) if (step.name, part) not in told][:room]
-                    room -= len(new)
-                    begun = {wanted[name[:-4]] for name in names if name.endswith(".wip") and name[:-4] in wanted}
-                    for part, footer in zip(new, pool.map(store.footer, map(step.table, new)), strict=True):
-                        found += [Event("done", step.name, part, footer=footer, fresh=fresh)] if footer else []
-                    if look:
-                        found += [e for e in pool.map(partial(_saved, store, step), sorted(begun - there)) if e.rows]
+                if not listed:
+                    saved = now - looked > _SAVED_EVERY_S
+                    looked = now if saved else looked
+                    folders = list(pool.map(lambda step: store.names(step.folder, "part-"), job.steps))
+                    last, rest_until = not going, time.monotonic() + _REST * (time.monotonic() - now)
+                    for step, names in zip(job.steps, folders, strict=True):
+                        there = {wanted[n[:-8]] for n in names if n.endswith(".parquet") and n[:-8] in wanted}
+                        listed.extend((step, part) for part in sorted(there))
+                        begun = {wanted[n[:-4]] for n in names if n.endswith(".wip") and n[:-4] in wanted} - there
+                        if saved:
+                            found += [e for e in pool.map(partial(_saved, store, step), sorted(begun)) if e.rows]
+                listed = deque((step, part) for step, part in listed if (step.name, part) not in told)
+                tables = [step.table(part) for step, part in islice(listed, _AT_ONCE)]
+                for footer in pool.map(store.footer, tables):
+                    step, part = listed.popleft()
+                    found += [Event("done", step.name, part, footer=footer, fresh=fresh)] if footer else []
             away_s = 0.0
         except OSError:  # a store that is away
             away_s = min(_AWAY_S, 2 * away_s + poll_s)
@@ -68,13 +74,11 @@ def follow(
         for event in found:
             told.update([(event.step, event.part)] if event.kind == "done" else [])
             listen(event)
-        if not room and not away_s:  # there are more
-            rest_until = 0.0
-            continue
-        fresh = fresh or not away_s
-        if not going and not away_s:
-            return
-        time.sleep(away_s or poll_s)
+        if away_s or not listed:
+            fresh = fresh or not away_s
+            if last and not away_s:
+                return
+            time.sleep(away_s or poll_s)
 
 
 def _saved(store: Store, step: Step, part: int) -> Event:

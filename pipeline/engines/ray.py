@@ -42,6 +42,7 @@ def run(job: Job, parts: Sequence[int], engine: Engine, listen: Listener) -> Non
     ends the run.
     """
     told: set[tuple[str, int]] = set()
+    job = replace(job, run=job.run or uuid.uuid4().hex)  # a worker's death is told by its lease
     waiting = Waiting[int](job.store, job.run)
     last, todo = job.steps[-1].name, list(parts)
     with _cluster(engine):

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from ...models.contract import ModelError
-from ..leases import LeasedError, lease
+from ..leases import Held, LeasedError, lease
 from ..stage import Function, Stage
 from ..store import Store, wip
 from ..work import Attempt, Job, found_done, run_part
@@ -55,7 +55,7 @@ class Operator:
         self._opening = 0.0
         self._places, self._gate, self._turn, self._clock = Semaphore(2), Lock(), Turn(), Clock()
         self._watch, self._leases = Watch(engine, self._turn), set[str]()
-        self._run, self._hang = job.run or identity, f"hung-{identity}-"  # how a note's name begins
+        self._run, self._hang = job.run, f"hung-{identity}-"  # how a note's name begins
         self._end = ""  # "model" or "version": no part can be done here
         gc.freeze()  # what was imported stays: it need not be looked through for garbage again and again
 
@@ -108,7 +108,7 @@ class Operator:
             return ""
         gate = ExitStack()
         gate.enter_context(self._gate)
-        with gate, closing(self._turn), lease(store, table, self._run) as held, self._noted(held.name):
+        with gate, closing(self._turn), self._lease(store, table) as held:
             if self._before(store, wip(table), held.deaths, say):
                 return "lost"
             if held.deaths >= _DEATHS:
@@ -127,7 +127,11 @@ class Operator:
             attempt = Attempt(on_rows=on_rows, on_key=lambda key: self._turn.close(), on_read=on_read)
             begun = time.monotonic()
             with self._watch.over(lambda why: self._hung(store, wip(table), why)):
-                footer, fresh = run_part(self._job, self._index, part, self._open, attempt)
+                try:
+                    footer, fresh = run_part(self._job, self._index, part, self._open, attempt)
+                except SystemExit:  # a library's: it ends the worker, with the lease as it is
+                    traceback.print_exc()
+                    os._exit(1)
             opening, self._opening = self._opening, 0.0
             if opening:
                 say("open", f"{opening:.3f} 0")
@@ -147,17 +151,19 @@ class Operator:
                 return True
         if deaths:
             say("retry" if deaths < _GIVE_UP else "lost", f"the worker died, {deaths} times in this run")
-            self._turn.take()
         return deaths >= _GIVE_UP
 
     @contextmanager
-    def _noted(self, name: str) -> Iterator[None]:
-        """Know the lease's file by name."""
-        self._leases.add(name)
-        try:
-            yield
-        finally:
-            self._leases.discard(name)
+    def _lease(self, store: Store, table: str) -> Iterator[Held]:
+        """Hold the part's lease; where there was one before, only in its turn, so that no other part's death counts."""
+        if store.names(wip(table), "lease-"):
+            self._turn.take()
+        with lease(store, table, self._run) as held:
+            self._leases.add(held.name)
+            try:
+                yield held
+            finally:
+                self._leases.discard(held.name)
 
     def _hung(self, store: Store, folder: str, why: str) -> None:
         """Before this process is ended for a part that hangs: that is the fault of no other, and no death."""

@@ -193,6 +193,21 @@ def test_a_lease_tells_how_many_attempts_of_its_run_died(store: Store) -> None:
     assert store.names(wip(TABLE)) == []
 
 
+def test_a_fault_while_deaths_are_counted_is_no_death(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.create(f"{wip(TABLE)}/lease-00000", to_json(leases._sign("one")))
+    read, faults = leases._read, iter([False, True])  # the first to know whose it is
+
+    def fault(*arguments: Any) -> dict[str, Any]:
+        if next(faults, False):
+            raise OSError("away")
+        return read(*arguments)
+
+    monkeypatch.setattr(leases, "_read", fault)
+    with pytest.raises(OSError, match="away"), lease(store, TABLE, "one"):
+        pass
+    assert store.names(wip(TABLE)) == ["lease-00000"]
+
+
 def test_what_a_run_still_has_at_its_end_is_given_back(store: Store) -> None:
     store.create(f"{wip(TABLE)}/lease-00000", to_json(leases._sign("mine")))
     store.create(f"{wip(TABLE)}/00000000-00000002.parquet", b"saved work")

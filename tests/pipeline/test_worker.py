@@ -152,7 +152,7 @@ def test_what_is_saved_of_a_part_is_told(job: Job, monkeypatch: pytest.MonkeyPat
 
     events: list[Event] = []
     follow.follow(job, (0, 1), running, lambda event: (events.append(event), tally.take(event)), 0.0)
-    assert [(e.kind, e.part, e.rows) for e in events][:3] == [("done", 0, 0), ("saved", 1, 2), ("saved", 1, 4)]
+    assert [(e.kind, e.part, e.rows) for e in events][:3] == [("saved", 1, 2), ("done", 0, 0), ("saved", 1, 4)]
     assert seen == [0, 14, 16, 18]
     assert tally.done("download") == 20
 

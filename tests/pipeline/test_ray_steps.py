@@ -1,0 +1,63 @@
+"""A step's operator on Ray, without Ray: what its leases say of deaths."""
+
+import multiprocessing as mp
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from tests.pipeline.test_work import DOWNLOAD, Drawn, job_for
+from vesl.pipeline import leases
+from vesl.pipeline.engines import Engine
+from vesl.pipeline.engines.ray_steps import Operator, version
+from vesl.pipeline.stage import Function
+from vesl.pipeline.store import Store, to_json, wip
+from vesl.pipeline.work import Job
+
+BLOCK = pa.table({"part": [0], "state": [""], "said": ["[]"]})
+
+
+class Exits(Drawn):
+    def open(self) -> Function:
+        def function(batch: pa.Table) -> pa.Table:
+            sys.exit("some library has had enough")
+
+        return function
+
+
+def carry(job: Job) -> None:
+    Operator(job, 0, "here", version(), Engine(kind="ray"))(BLOCK)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return replace(job_for(Store(str(tmp_path)), DOWNLOAD), run="mine")
+
+
+def test_a_library_that_exits_leaves_the_lease_as_a_death(job: Job) -> None:
+    ending = replace(job, steps=(replace(DOWNLOAD, stage=Exits()),))
+    for deaths in (1, 2):
+        process = mp.get_context("spawn").Process(target=carry, args=(ending,))
+        process.start()
+        process.join(60)
+        assert process.exitcode == 1
+        assert len(job.store.names(wip(job.steps[0].table(0)), "lease-")) == deaths
+
+
+def test_a_part_that_waits_for_its_turn_is_not_charged_with_the_death_of_another(job: Job) -> None:
+    table = job.steps[0].table(0)
+    job.store.create(f"{wip(table)}/lease-00000", to_json(leases._sign("mine")))
+    operator = Operator(job, 0, "here", version(), Engine(kind="ray"))
+    operator._turn.take()  # another part is with the model
+    waiting = threading.Thread(target=operator, args=(BLOCK,))
+    waiting.start()
+    time.sleep(0.5)
+    assert job.store.names(wip(table), "lease-") == ["lease-00000"]
+    operator._turn.close()
+    waiting.join(30)
+    assert job.store.exists(table)
+    assert not job.store.exists(wip(table))
