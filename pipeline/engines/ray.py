@@ -13,8 +13,6 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from queue import SimpleQueue
-from threading import Thread
 from typing import Any
 
 import pyarrow as pa
@@ -27,10 +25,15 @@ from . import Engine, EngineError, Event, Listener
 from .follow import follow, others
 from .ray_steps import Operator, Row, version
 
-_WAVE = 500  # blocks, cut at once and waiting for a step at most: the driver holds a few kilobytes for each
 _TOGETHER, _ROWS = 64, 1000  # parts in a block and, where these are several, their rows, at most
 _BLOCKS_A_WORKER = 16  # before parts go together: enough to be shared evenly
 _POLL_S = 0.5
+# For a cluster on this machine, where its processes and this one share the cores with the work.
+_ALONE = {
+    "RAY_worker_niceness": "0",  # by default 15, so that all else goes first
+    "RAY_num_workers_soft_limit": "0",  # processes that wait for a task, looking up a hundred times a second
+    "RAY_event_stats": "0",  # of Ray's own loops, for its developers
+}
 
 
 def run(job: Job, parts: Sequence[int], engine: Engine, listen: Listener) -> None:
@@ -45,12 +48,11 @@ def run(job: Job, parts: Sequence[int], engine: Engine, listen: Listener) -> Non
     job = replace(job, run=job.run or uuid.uuid4().hex)  # a worker's death is told by its lease
     waiting = Waiting[int](job.store, job.run)
     last, todo = job.steps[-1].name, list(parts)
-    with _cluster(engine):
-        identity = uuid.uuid4().hex[:8]
+    with _cluster(engine) as ours:
         while todo:
             before = len(told)
             try:
-                todo = _carry(job, todo, engine, identity, waiting, told, listen)
+                todo = _carry(job, todo, engine, ours, waiting, told, listen)
             except _DiedError:  # an actor, again and again: on a cluster whose nodes come and go that is not the end
                 if len(told) == before:
                     raise
@@ -59,22 +61,25 @@ def run(job: Job, parts: Sequence[int], engine: Engine, listen: Listener) -> Non
 
 
 @contextmanager
-def _cluster(engine: Engine) -> Iterator[None]:
-    """Be in a Ray cluster; leave it at the end if it was entered here, which also ends all that runs in it for us."""
+def _cluster(engine: Engine) -> Iterator[bool]:
+    """Be in a Ray cluster; leave it at the end if it was entered here, which also ends all that runs in it for us.
+
+    Yields whether it was started here, on this machine alone.
+    """
     try:
         import ray
         import ray.data
     except ImportError as error:
         raise EngineError(f"the engine ray needs `pip install 'vesl[ray]'` ({error})") from None
     if ray.is_initialized():
-        yield
+        yield False
         return
     address = engine.address or os.environ.get("RAY_ADDRESS") or "local"
     # Ray Data has every actor take an object as an argument, and its core warns of that; this one lives in the driver.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     alone: dict[str, Any] = {"num_cpus": engine.workers or _cores()} if address == "local" else {}
-    if alone:  # by default 15, so that all else on the machine goes first, this driver and Ray's own processes too
-        os.environ.setdefault("RAY_worker_niceness", "0")
+    for name, value in _ALONE.items() if alone else ():
+        os.environ.setdefault(name, value)
     try:
         with _silence():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **alone)
@@ -82,7 +87,7 @@ def _cluster(engine: Engine) -> Iterator[None]:
         line = str(error).strip().split("\n")[0]
         raise EngineError(f"ray at {address}: {line or type(error).__name__}") from None
     try:
-        yield
+        yield bool(alone)
     finally:
         ray.shutdown()
 
@@ -108,56 +113,54 @@ def _carry(
     job: Job,
     parts: Sequence[int],
     engine: Engine,
-    identity: str,
+    fixed: bool,
     waiting: Waiting[int],
     told: set[tuple[str, int]],
     listen: Listener,
 ) -> list[int]:
-    """Ray in a thread, events in this one, so that whatever `listen` raises ends the work at once.
+    """Carry the parts through the chain once, as far as they go; whatever `listen` raises ends the work at once.
 
     Return the parts that another run left meanwhile: its silence counts from when a worker met its lease.
     """
-    import ray
+    from .ray_executor import Executor
 
-    data = dataset(job, parts, engine, identity)
-    executor = data._create_executor()  # Ray's public iterators cannot be stopped before their first row
-    arrived: SimpleQueue[Row | Exception] = SimpleQueue()
+    data = dataset(job, parts, engine)
+    executor = Executor(data, fixed)
     left: list[int] = []
 
-    def drive() -> None:
-        try:
-            for bundle in data._build_bundle_iterator(executor):
-                for block in ray.get(list(bundle.block_refs)):
-                    for row in block.to_pylist():
-                        arrived.put(row)
-        except Exception as error:  # noqa: BLE001  (the main thread raises it)
-            arrived.put(error)
-
     def running() -> bool:
-        going = thread.is_alive()
-        while not arrived.empty():
-            _hear(arrived.get(), job, waiting, told, listen)
+        going = executor.is_alive()
+        try:
+            rows = [row for block in executor.output() for row in block.to_pylist()]
+        except Exception as error:
+            raise _ended(error) from error
+        for row in rows:
+            _hear(row, job, waiting, told, listen)
         left.extend(waiting.free())
         return going
 
-    thread = Thread(target=drive, daemon=True, name="vesl-ray")
-    thread.start()
+    held = data._execute_dag(executor)  # which shuts it down as soon as nobody has this
     try:
         follow(job, parts, running, listen, _POLL_S, told)
     finally:
         executor.shutdown(force=True)
+        del held
     return left
 
 
-def _hear(row: Row | Exception, job: Job, waiting: Waiting[int], told: set[tuple[str, int]], listen: Listener) -> None:
-    if isinstance(row, Exception):
-        from ray.exceptions import ActorDiedError
+def _ended(error: Exception) -> EngineError:
+    """Why a pipeline ended early, in a line."""
+    from ray.exceptions import ActorDiedError
 
-        text = str(row)
-        if "No module named 'vesl" in text:
-            text = f"a worker cannot import vesl: install vesl {version()} on every node"
-        kind = _DiedError if isinstance(row, ActorDiedError) else EngineError
-        raise kind(f"ray: {type(row).__name__}: {text.strip().splitlines()[-1] if text else ''}") from row
+    text = str(error)
+    if "No module named 'vesl" in text:
+        text = f"a worker cannot import vesl: install vesl {version()} on every node"
+    kind = _DiedError if isinstance(error, ActorDiedError) else EngineError
+    return kind(f"ray: {type(error).__name__}: {text.strip().splitlines()[-1] if text else ''}")
+
+
+def _hear(row: Row, job: Job, waiting: Waiting[int], told: set[tuple[str, int]], listen: Listener) -> None:
+    """Tell what a row has to say of its part."""
     for kind, step, text in json.loads(row["said"]):
         if kind == "model":
             raise ModelError(text)
@@ -177,7 +180,7 @@ def _hear(row: Row | Exception, job: Job, waiting: Waiting[int], told: set[tuple
             listen(Event(kind, step, row["part"], text=text))
 
 
-def dataset(job: Job, parts: Sequence[int], engine: Engine, identity: str) -> Any:
+def dataset(job: Job, parts: Sequence[int], engine: Engine) -> Any:
     """The chain as a `ray.data.Dataset` of one row a part, for the cluster that this process is in; nothing runs yet.
 
     The parts come in waves of many blocks, which are cut one after the other as the steps take them: so the driver's
@@ -186,6 +189,8 @@ def dataset(job: Job, parts: Sequence[int], engine: Engine, identity: str) -> An
     """
     import ray
     from ray.data import ActorPoolStrategy
+
+    from .ray_executor import WAVE, Paced
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     has: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
@@ -196,11 +201,11 @@ def dataset(job: Job, parts: Sequence[int], engine: Engine, identity: str) -> An
             raise EngineError(f"ray: an actor for each step needs {need:g} {kind}s, there are {has.get(kind, 0):g}")
     job = replace(job, workers={name: want["max_size"] for name, want in wants.items()})
     together = _together(len(parts), max(want["max_size"] for want in wants.values()), job.rows)
-    waves = [parts[first : first + _WAVE * together] for first in range(0, len(parts), _WAVE * together)]
+    waves = [parts[first : first + WAVE * together] for first in range(0, len(parts), WAVE * together)]
     tables = [pa.table({"part": wave, "state": [""] * len(wave), "said": ["[]"] * len(wave)}) for wave in waves]
     data: Any = ray.data.from_arrow(tables).repartition(target_num_rows_per_block=together)
     data._logical_plan.dag.ray_remote_args["num_cpus"] = 0  # else the cutting waits for a core that no actor has
-    data.context.set_config("backpressure_policies.enabled", [_paced()])
+    data.context.set_config("backpressure_policies.enabled", [Paced])
     data.context.enable_progress_bars = data.context.print_on_execution_start = False
     data.context.memory_usage_poll_interval_s = None  # else a thread for each task looks, once a second
     scaling = data.context.autoscaling_config
@@ -214,7 +219,7 @@ def dataset(job: Job, parts: Sequence[int], engine: Engine, identity: str) -> An
             type(step.name.capitalize(), (Operator,), {}),  # Ray names the operator after its class
             batch_size=None,  # a block
             batch_format="pyarrow",
-            fn_constructor_args=(job, index, identity, version(), engine),
+            fn_constructor_args=(job, index, version(), engine),
             compute=ActorPoolStrategy(
                 min_size=want["min_size"],
                 max_size=want["max_size"],
@@ -232,19 +237,6 @@ def dataset(job: Job, parts: Sequence[int], engine: Engine, identity: str) -> An
 def _together(parts: int, workers: int, rows: float) -> int:
     """How many parts of so many rows travel in one block: several where Ray's work for a block is more than theirs."""
     return int(max(1, min(_TOGETHER, parts // (workers * _BLOCKS_A_WORKER), _ROWS // max(1, rows))))
-
-
-def _paced() -> type:
-    """What holds a step back while a wave of blocks waits behind it; Ray's own policies count bytes, which are few."""
-    from ray.data._internal.execution.backpressure_policy.backpressure_policy import BackpressurePolicy
-    from ray.data._internal.execution.operators.task_pool_map_operator import TaskPoolMapOperator
-
-    class Paced(BackpressurePolicy):
-        def can_add_input(self, op: Any) -> bool:
-            cutting = isinstance(op, TaskPoolMapOperator) and op.num_active_tasks() > 0
-            return not cutting and len(self._topology[op].output_queue) < _WAVE
-
-    return Paced
 
 
 def resources(step: Step, steps: int, engine: Engine, has: dict[str, float]) -> dict[str, Any]:

@@ -48,14 +48,14 @@ class Operator:
     border of two parts. A part that killed a worker before has the actor to itself.
     """
 
-    def __init__(self, job: Job, index: int, identity: str, version: str, engine: Engine) -> None:
+    def __init__(self, job: Job, index: int, version: str, engine: Engine) -> None:
         self._job, self._index, self._wanted = replace(job, run=""), index, version  # the leases are taken here
         self._step, self._engine = job.steps[index], engine
         self._function: Function | None = None
         self._opening = 0.0
         self._places, self._gate, self._turn, self._clock = Semaphore(2), Lock(), Turn(), Clock()
         self._watch, self._leases = Watch(engine, self._turn), set[str]()
-        self._run, self._hang = job.run, f"hung-{identity}-"  # how a note's name begins
+        self._run, self._hang = job.run, f"hung-{job.run}-"  # how a note's name begins
         self._end = ""  # "model" or "version": no part can be done here
         gc.freeze()  # what was imported stays: it need not be looked through for garbage again and again
 

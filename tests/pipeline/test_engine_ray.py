@@ -85,13 +85,11 @@ def workers() -> list[str]:
 def test_same_bytes_as_the_local_engine_in_an_operator_for_each_step(
     cluster: Any, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import ray.data
+    from vesl.pipeline.engines.ray_executor import Executor
 
     executors: list[Any] = []
-    create = ray.data.Dataset._create_executor
-    monkeypatch.setattr(
-        ray.data.Dataset, "_create_executor", lambda self: executors.append(create(self)) or executors[-1]
-    )
+    start = Executor.start
+    monkeypatch.setattr(Executor, "start", lambda self: executors.append(self) or start(self))
     rows = [*world.images(16, captions={3: "please raise", 7: "silence"}), (f"{world.server.url}/none.jpg", "gone")]
     world.list_urls("a", rows)
     world.document["steps"]["caption"]["model"] = "tests.standins:captioner@1"
@@ -142,7 +140,7 @@ def test_a_row_that_kills_its_worker_fails_as_crashed(cluster: Any, world: World
 def test_a_part_that_cannot_be_read_is_lost_and_the_others_finish_in_waves_that_overlap(
     cluster: Any, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "_WAVE", 1)
+    monkeypatch.setattr("vesl.pipeline.engines.ray_executor.WAVE", 1)
     world.list_urls("a", world.images(15))
     plan = planned(world, "steps.caption.model=tests.standins:captioner@1", until="caption")
     Path(world.store, plan.job().inputs[1]).write_bytes(b"PAR1 nonsense")

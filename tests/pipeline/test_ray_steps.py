@@ -30,7 +30,7 @@ class Exits(Drawn):
 
 
 def carry(job: Job) -> None:
-    Operator(job, 0, "here", version(), Engine(kind="ray"))(BLOCK)
+    Operator(job, 0, version(), Engine(kind="ray"))(BLOCK)
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_a_library_that_exits_leaves_the_lease_as_a_death(job: Job) -> None:
 def test_a_part_that_waits_for_its_turn_is_not_charged_with_the_death_of_another(job: Job) -> None:
     table = job.steps[0].table(0)
     job.store.create(f"{wip(table)}/lease-00000", to_json(leases._sign("mine")))
-    operator = Operator(job, 0, "here", version(), Engine(kind="ray"))
+    operator = Operator(job, 0, version(), Engine(kind="ray"))
     operator._turn.take()  # another part is with the model
     waiting = threading.Thread(target=operator, args=(BLOCK,))
     waiting.start()

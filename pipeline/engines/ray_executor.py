@@ -1,0 +1,108 @@
+"""How Ray Data's executor goes about the parts of a run, where it has no setting of its own for that.
+
+Built on its classes as they are in the pinned version of Ray; imported where Ray is there.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
+
+import pyarrow as pa
+import ray
+from ray.data._internal.actor_autoscaler import ActorPoolScalingRequest, BacklogAwareActorAutoscaler
+from ray.data._internal.cluster_autoscaler import ClusterAutoscaler
+from ray.data._internal.execution import streaming_executor
+from ray.data._internal.execution.backpressure_policy.backpressure_policy import BackpressurePolicy
+from ray.data._internal.execution.interfaces import ExecutionResources
+from ray.data._internal.execution.operators.task_pool_map_operator import TaskPoolMapOperator
+from ray.data._internal.execution.streaming_executor import StreamingExecutor
+
+WAVE = 500  # blocks, cut at once and waiting for a step at most: the driver holds a few kilobytes for each
+_START_S = 60.0  # of a worker, its model and the work that it keeps from others meanwhile
+_REST, _REST_S = 0.1, 0.5  # between two looks at the tasks: of the time that none has ended, and at most
+
+
+class Paced(BackpressurePolicy):
+    """Holds a step back while a wave of blocks waits behind it; Ray's own policies count bytes, which are few."""
+
+    def can_add_input(self, op: Any) -> bool:
+        """Whether a step may take another block."""
+        cutting = isinstance(op, TaskPoolMapOperator) and op.num_active_tasks() > 0
+        return not cutting and len(self._topology[op].output_queue) < WAVE
+
+
+class Patient(BacklogAwareActorAutoscaler):
+    """Lets a pool grow where what waits for it takes longer than another worker to start; Ray's own where any does."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._begun: dict[Any, float] = {}
+
+    def _derive_target_scaling_config(self, actor_pool: Any, op: Any, op_state: Any) -> ActorPoolScalingRequest:
+        wanted = super()._derive_target_scaling_config(actor_pool, op, op_state)
+        if wanted.delta <= 0 or actor_pool.current_size() < actor_pool.min_size():
+            return wanted
+        now = time.monotonic()
+        each = op.metrics.average_total_task_completion_time_s or now - self._begun.setdefault(op, now)  # so far
+        at_once = actor_pool.current_size() * actor_pool.max_actor_concurrency()
+        if op_state.total_enqueued_input_blocks() * each / at_once < _START_S:
+            return ActorPoolScalingRequest.no_op(reason="little to do")
+        return wanted
+
+
+class Fixed(ClusterAutoscaler):
+    """For a cluster that stays as it is; Ray's own keeps a worker to ask others for more."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._has: ExecutionResources = ExecutionResources.from_resource_dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
+
+    def try_trigger_scaling(self) -> None:
+        """There is nothing to ask for."""
+
+    def on_executor_shutdown(self) -> None:
+        """Nothing was asked for."""
+
+    def get_total_resources(self) -> ExecutionResources:
+        """What all nodes have."""
+        return self._has
+
+
+class Executor(StreamingExecutor):
+    """Ray's, but that it takes little of a core where tasks are long, and that its output need not be waited for."""
+
+    def __init__(self, data: Any, fixed: bool) -> None:
+        super().__init__(data.context, data.get_dataset_id())
+        self._fixed = fixed
+
+    def execute(self, *args: Any, **options: Any) -> Any:
+        """Begin; the iterator over the output that comes back ends it all where it is let go."""
+        if not self._fixed:
+            return super().execute(*args, **options)
+        with patch.object(streaming_executor, "create_cluster_autoscaler", Fixed):
+            return super().execute(*args, **options)
+
+    def start(self) -> None:
+        """Begin, as `execute` has made all that is needed."""
+        config = self._data_context.autoscaling_config
+        self._actor_autoscaler = Patient(self._topology, self._resource_manager, config=config)
+        self._ended, self._moved = -1, 0.0
+        super().start()
+
+    def _scheduling_loop_step(self, topology: Any) -> bool:
+        goes_on = super()._scheduling_loop_step(topology)
+        now, ended = time.monotonic(), sum(op.metrics.num_tasks_finished for op in topology)
+        if ended != self._ended:
+            self._ended, self._moved = ended, now
+        elif goes_on:
+            time.sleep(min(_REST * (now - self._moved), _REST_S))
+        return goes_on
+
+    def output(self) -> Iterator[pa.Table]:
+        """The blocks that have come out since the last call. Raises what ended the execution."""
+        node: Any = self._output_node
+        state = node[1]
+        while state.output_queue.has_next(None):
+            yield from ray.get(list(state.get_output_blocking(None).block_refs))
+        if state._exception is not None:
+            raise state._exception
