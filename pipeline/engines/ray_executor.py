@@ -20,7 +20,7 @@ from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
 WAVE = 500  # blocks, cut at once and waiting for a step at most: the driver holds a few kilobytes for each
 _START_S = 60.0  # of a worker, its model and the work that it keeps from others meanwhile
-_REST, _REST_S = 0.1, 0.5  # between two looks at the tasks: of the time that none has ended, and at most
+_LOOK_S = 1.0  # at the tasks, where none has anything to say
 
 
 class Paced(BackpressurePolicy):
@@ -86,17 +86,13 @@ class Executor(StreamingExecutor):
         """Begin, as `execute` has made all that is needed."""
         config = self._data_context.autoscaling_config
         self._actor_autoscaler = Patient(self._topology, self._resource_manager, config=config)
-        self._ended, self._moved = -1, 0.0
         super().start()
 
     def _scheduling_loop_step(self, topology: Any) -> bool:
-        goes_on = super()._scheduling_loop_step(topology)
-        now, ended = time.monotonic(), sum(op.metrics.num_tasks_finished for op in topology)
-        if ended != self._ended:
-            self._ended, self._moved = ended, now
-        elif goes_on:
-            time.sleep(min(_REST * (now - self._moved), _REST_S))
-        return goes_on
+        under_way = [task.get_waitable() for op in topology for task in op.get_active_tasks()]
+        if under_way:  # Ray's own step, dear as it is, goes round ten times a second
+            ray.wait(under_way, timeout=_LOOK_S, fetch_local=False)
+        return super()._scheduling_loop_step(topology)
 
     def output(self) -> Iterator[pa.Table]:
         """The blocks that have come out since the last call. Raises what ended the execution."""

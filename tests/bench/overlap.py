@@ -2,19 +2,18 @@
 
 The model sleeps for a fixed time a batch; preparing a batch takes 1.3 times the CPU that two threads have in that time,
 so two cores can at best be always busy with preparing, over all borders of parts.
-The best possible is measured in the same run: the same work in two threads that do nothing else, on a machine that does
-nothing else, and beside the same engine while it but waits for a model: what its own processes take is not there for
-preparing. With `--cost 0.7` the model is what holds up, and the best possible is that it never waits.
+The best possible is the same work in two threads that do nothing else, on a machine that does nothing else, right
+before and right after each run. As a machine's speed varies, also told is the CPU time of preparing, by that of these
+two threads. With `--cost 0.7` the model is what holds up, and the best possible is that it never waits.
 
-Wants two cores to itself. Starting the engine, opening the model and the first part are not in it, and Ray has no cause
-to start a second worker for the downloads, which are there.
+Wants two cores to itself. Starting the engine and opening the model are not in it, nor are the first part and the last,
+and Ray has no cause to start a second worker for the downloads, which are there.
 """
 
 import argparse
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import tempfile
 import time
@@ -23,6 +22,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from statistics import fmean, median
 
 import psutil
 
@@ -31,8 +31,8 @@ from tests.world import ROOT, World
 from vesl.models.contract import Written
 
 PARTS, BATCHES, BATCH = 16, 8, 8
-MODEL_S = float(os.environ.get("OVERLAP_MODEL_S", "0.15"))
-SETTLE_S = 5.0
+ALONE = 40  # batches
+MODEL_S = 0.15
 _PAGE = bytes(1 << 20)
 
 
@@ -49,13 +49,14 @@ class Sleeper:
     def __init__(self) -> None:
         self._mebibytes = int(os.environ["OVERLAP_MEBIBYTES"])
 
-    def _note(self, what: str) -> None:
+    def _note(self, what: str, seconds: float = 0.0) -> None:
         with open(os.environ["OVERLAP_LOG"], "a", encoding="utf-8") as log:
-            log.write(json.dumps([time.monotonic(), what]) + "\n")
+            log.write(json.dumps([time.monotonic(), what, seconds]) + "\n")
 
     def prepare(self, jpegs: Sequence[bytes], alt_texts: Sequence[str]) -> Sequence[str]:
-        self._note("prepare")
+        begun = time.thread_time()
         work(self._mebibytes)
+        self._note("prepared", time.thread_time() - begun)
         return alt_texts
 
     def __call__(self, prepared: Sequence[str]) -> list[list[Written]]:
@@ -68,12 +69,12 @@ def open_sleeper() -> Sleeper:
     return Sleeper()
 
 
-def two_threads(mebibytes: int, batches: int) -> float:
-    """Seconds that the preparing alone takes."""
-    start = time.monotonic()
+def two_threads(mebibytes: int, batches: int) -> tuple[float, float]:
+    """Seconds, and CPU seconds, that the preparing of a batch takes alone, two at a time."""
+    start, begun = time.monotonic(), time.process_time()
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(work, [mebibytes] * batches))
-    return time.monotonic() - start
+    return (time.monotonic() - start) / batches, (time.process_time() - begun) / batches
 
 
 def spent(process: psutil.Process) -> Counter[str]:
@@ -87,74 +88,66 @@ def spent(process: psutil.Process) -> Counter[str]:
     return found
 
 
-def watch(command: list[str], environment: dict[str, str], log: Path) -> tuple[list[float], Counter[str]]:
-    """When the model was called, and the CPU seconds by process from the end of the first part to that of the last."""
-
-    def calls() -> list[float]:
-        lines = log.read_text().splitlines() if log.exists() else []
-        return sorted(at for at, what in map(json.loads, lines) if what == "called")
-
+def watch(command: list[str], environment: dict[str, str], log: Path) -> Counter[str]:
+    """CPU seconds a second by process, from the end of the first part until the last two are left."""
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as running:
-        process, before, after = psutil.Process(running.pid), Counter[str](), Counter[str]()
+        process, looks = psutil.Process(running.pid), list[tuple[float, Counter[str]]]()
         while running.poll() is None:
-            time.sleep(1.0)
-            if (count := len(calls())) >= BATCHES:
-                before = before or spent(process)
-                after = after if count == PARTS * BATCHES and after else spent(process)
+            time.sleep(2.0)
+            called = log.read_text().count("called") if log.exists() else 0
+            if called >= (BATCHES, (PARTS - 2) * BATCHES, PARTS * BATCHES + 1)[len(looks)]:  # a look takes time
+                looks.append((time.monotonic(), spent(process)))
     assert running.returncode == 0
-    return calls(), after - before
+    (first, before), (last, after) = looks
+    return Counter({name: (after[name] - before[name]) / (last - first) for name in after})
 
 
-def beside(command: list[str], environment: dict[str, str], log: Path, mebibytes: int, batches: int) -> float:
-    """Seconds that the preparing alone takes while the engine waits for a model that takes for ever."""
-    environment = environment | {"OVERLAP_MEBIBYTES": "0", "OVERLAP_MODEL_S": "600"}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, **quiet) as waiting:
-        try:
-            while not log.exists():  # until the first batch is prepared
-                time.sleep(1.0)
-            time.sleep(SETTLE_S)
-            return two_threads(mebibytes, batches)
-        finally:
-            waiting.send_signal(signal.SIGINT)
-            waiting.wait()
-            log.unlink()
+def measure(kind: str, mebibytes: int) -> tuple[float, str]:
+    """A run: its images/s over the best possible, and what else is to be told of it."""
+    with tempfile.TemporaryDirectory() as folder, WebServer() as server:
+        world = World(Path(folder), server)
+        world.document["dataset"]["rows_per_part"] = BATCHES * BATCH
+        world.document["steps"]["caption"]["model"] = "tests.bench.overlap:open_sleeper@1"
+        resources = {"workers": 1, "batch": BATCH, "threads": 2}
+        world.document["engine"] = {"kind": kind, "workers": 2, "download": {"workers": 1}, "caption": resources}
+        world.bare = kind != "ray"
+        world.write()
+        world.list_urls("a", world.images(PARTS * BATCHES * BATCH))
+        log = Path(folder) / "log"
+        environment = world.env({"OVERLAP_LOG": str(log), "OVERLAP_MEBIBYTES": str(mebibytes)})
+        done = world.run("run", "--until", "download")
+        assert done.returncode == 0, done.stderr
+        alone = [two_threads(mebibytes, ALONE)]
+        by_process = watch(world.command("run", "--until", "caption"), environment, log)
+        alone.append(two_threads(mebibytes, ALONE))
+        notes = [json.loads(line) for line in log.read_text().splitlines()]
+    called = sorted(at for at, what, _ in notes if what == "called")
+    begin, end, counted = called[BATCHES - 1], called[-BATCHES - 1], len(called) - 2 * BATCHES
+    assert counted == (PARTS - 2) * BATCHES
+    best_s = max(fmean(seconds for seconds, _ in alone), MODEL_S)
+    share = sum(cpu for at, what, cpu in notes if what == "prepared" and begin < at <= end) / (end - begin)
+    whole = fmean(cpu / seconds for seconds, cpu in alone)
+    used = ", ".join(f"{name} {cpu * 1000:.0f}" for name, cpu in by_process.most_common() if cpu >= 0.0015)
+    return counted * best_s / (end - begin), (
+        f"{counted * BATCH / (end - begin):.1f} images/s in {end - begin:.1f} s; CPU time of preparing"
+        f" {share / whole:.3f} of that alone ({share:.2f} of {whole:.2f} cores); ms of CPU a second: {used}"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engines", nargs="+", default=["local", "ray"])
     parser.add_argument("--cost", type=float, default=1.3)
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    batches = PARTS * BATCHES
-    mebibytes = round(arguments.cost * MODEL_S * 100 / (two_threads(100, 8) / 8))
+    mebibytes = round(arguments.cost * MODEL_S * 100 / two_threads(100, 8)[0])
     for kind in arguments.engines:
-        with tempfile.TemporaryDirectory() as folder, WebServer() as server:
-            world = World(Path(folder), server)
-            world.document["dataset"]["rows_per_part"] = BATCHES * BATCH
-            world.document["steps"]["caption"]["model"] = "tests.bench.overlap:open_sleeper@1"
-            resources = {"workers": 1, "batch": BATCH, "threads": 2}
-            world.document["engine"] = {"kind": kind, "workers": 2, "download": {"workers": 1}, "caption": resources}
-            world.bare = kind != "ray"
-            world.write()
-            world.list_urls("a", world.images(batches * BATCH))
-            log = Path(folder) / "log"
-            environment = {"OVERLAP_LOG": str(log), "OVERLAP_MEBIBYTES": str(mebibytes)}
-            done = world.run("run", "--until", "download", env=environment)
-            assert done.returncode == 0, done.stderr
-            command, counted = world.command("run", "--until", "caption"), batches - BATCHES
-            left_s = max(beside(command, world.env(environment), log, mebibytes, counted), counted * MODEL_S)
-            called, spent = watch(command, world.env(environment), log)
-        assert len(called) == batches
-        took_s = called[-1] - called[BATCHES - 1]
-        best_s = max(two_threads(mebibytes, counted), counted * MODEL_S)
-        print(
-            f"{kind}: {counted * BATCH / took_s:.1f} images/s in {took_s:.1f} s, {best_s / took_s:.3f} of the best"
-            f" possible ({best_s:.1f} s), {left_s / took_s:.3f} of that beside the engine as it waits ({left_s:.1f} s)",
-            flush=True,
-        )
-        used = ", ".join(f"{name} {seconds:.1f}" for name, seconds in spent.most_common() if seconds >= 0.05)
-        print(f"{kind}: CPU seconds of {2 * took_s:.1f} there were: {used}")
+        ratios = []
+        for _ in range(arguments.rounds):
+            ratio, said = measure(kind, mebibytes)
+            ratios.append(ratio)
+            print(f"{kind}: {ratio:.3f} of the best possible; {said}", flush=True)
+        print(f"{kind}: median {median(ratios):.3f} of the best possible", flush=True)
 
 
 if __name__ == "__main__":

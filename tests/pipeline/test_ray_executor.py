@@ -1,4 +1,4 @@
-"""How Ray Data's executor is paced: what makes a pool grow, and what an executor does while nothing happens."""
+"""How Ray Data's executor is paced: what makes a pool grow, and what an executor waits for."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -90,25 +90,14 @@ def test_a_pool_may_shrink_at_any_time(patient: Patient, monkeypatch: pytest.Mon
     assert patient._derive_target_scaling_config(pool(size=2), Operator(10.0), waits(0)) == shrink
 
 
-def test_it_looks_less_often_the_longer_nothing_ends(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    def look(self: Any, topology: Any) -> bool:
-        clock.now += 0.1
-        return True
-
-    monkeypatch.setattr(StreamingExecutor, "_scheduling_loop_step", look)
+def test_a_step_waits_until_a_task_has_something_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[Any] = []
+    monkeypatch.setattr(StreamingExecutor, "_scheduling_loop_step", lambda self, topology: not happened.append("step"))
+    monkeypatch.setattr(ray_executor.ray, "wait", lambda tasks, **options: happened.append((tasks, options)))
     executor = Executor.__new__(Executor)
-    executor._ended, executor._moved = -1, 0.0
-    metrics = SimpleNamespace(num_tasks_finished=0)
-    topology = [SimpleNamespace(metrics=metrics)]
-    executor._scheduling_loop_step(topology)
-    assert not clock.slept  # it has just begun
-    for _ in range(40):
-        executor._scheduling_loop_step(topology)
-    assert clock.slept == sorted(clock.slept)
-    assert clock.slept[0] == pytest.approx(0.01)
-    assert clock.slept[-1] == 0.5
-    metrics.num_tasks_finished = 1
-    executor._scheduling_loop_step(topology)
-    assert len(clock.slept) == 40
-    executor._scheduling_loop_step(topology)
-    assert clock.slept[-1] == pytest.approx(0.01)
+    assert executor._scheduling_loop_step([SimpleNamespace(get_active_tasks=list)])
+    assert happened == ["step"]
+    tasks = [SimpleNamespace(get_waitable=lambda name=name: name) for name in "abc"]
+    steps = [SimpleNamespace(get_active_tasks=lambda: tasks[:1]), SimpleNamespace(get_active_tasks=lambda: tasks[1:])]
+    assert executor._scheduling_loop_step(steps)
+    assert happened[1:] == [(["a", "b", "c"], {"timeout": 1.0, "fetch_local": False}), "step"]
