@@ -86,10 +86,10 @@ def _cluster(engine: Engine) -> Iterator[bool]:
     except (ConnectionError, ValueError, RuntimeError) as error:
         line = str(error).strip().split("\n")[0]
         raise EngineError(f"ray at {address}: {line or type(error).__name__}") from None
-    if alone:  # what reads the workers' logs ten times a second for a driver that did not ask for them
-        node: Any = ray._private.worker._global_node
-        node.kill_log_monitor()
     try:
+        if alone:  # what reads the workers' logs ten times a second for a driver that did not ask for them
+            node: Any = ray._private.worker._global_node
+            node.kill_log_monitor(check_alive=False)
         yield bool(alone)
     finally:
         ray.shutdown()

@@ -197,6 +197,30 @@ def test_what_the_machine_does_not_have_is_refused(cluster: Any, world: World) -
         carry(planned(world), ground=Resources(gpus=1))
 
 
+def test_a_cluster_of_a_run_alone_has_no_process_that_nobody_needs(world: World) -> None:
+    pytest.importorskip("ray")
+    rows = world.images(5)
+    world.list_urls("a", rows)
+    world.document["engine"] = {"kind": "ray", "workers": 1}
+    world.bare = False
+    world.write()
+    path, found = rows[0][0].removeprefix(world.server.url), list[str]()
+    image = world.server._paths[path]
+
+    def look(peer: Any) -> None:
+        (driver,) = [child for child in psutil.Process().children() if "vesl.pipeline.cli" in child.cmdline()]
+        found.extend(" ".join(child.cmdline()) for child in driver.children(recursive=True))
+        image(peer)
+
+    world.server.add(path, look)
+    done = world.run("run", "--until", "download")
+    assert done.returncode == 0, done.stderr
+    assert any(name.startswith("ray::MapWorker(MapBatches(Download))") for name in found)
+    assert any("dashboard.py" in name for name in found)
+    for needless in ("ray::_AutoscalingCoordinator", "log_monitor.py"):
+        assert not [name for name in found if needless in name]
+
+
 def test_resources_follow_the_recipe_and_fit_the_cluster() -> None:
     class Ground:
         name = "ground"

@@ -94,6 +94,7 @@ def test_a_step_waits_until_a_task_has_something_to_say(monkeypatch: pytest.Monk
     happened: list[Any] = []
     monkeypatch.setattr(StreamingExecutor, "_scheduling_loop_step", lambda self, topology: not happened.append("step"))
     monkeypatch.setattr(ray_executor.ray, "wait", lambda tasks, **options: happened.append((tasks, options)))
+    monkeypatch.setattr(Executor, "shutdown", lambda self, force: None)  # when it is let go
     executor = Executor.__new__(Executor)
     assert executor._scheduling_loop_step([SimpleNamespace(get_active_tasks=list)])
     assert happened == ["step"]
