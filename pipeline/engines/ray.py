@@ -11,7 +11,7 @@ import logging
 import os
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -48,11 +48,11 @@ def run(job: Job, parts: Sequence[int], engine: Engine, listen: Listener) -> Non
     job = replace(job, run=job.run or uuid.uuid4().hex)  # a worker's death is told by its lease
     waiting = Waiting[int](job.store, job.run)
     last, todo = job.steps[-1].name, list(parts)
-    with _cluster(engine) as ours:
+    with _cluster(engine):
         while todo:
             before = len(told)
             try:
-                todo = _carry(job, todo, engine, ours, waiting, told, listen)
+                todo = _carry(job, todo, engine, waiting, told, listen)
             except _DiedError:  # an actor, again and again: on a cluster whose nodes come and go that is not the end
                 if len(told) == before:
                     raise
@@ -61,36 +61,33 @@ def run(job: Job, parts: Sequence[int], engine: Engine, listen: Listener) -> Non
 
 
 @contextmanager
-def _cluster(engine: Engine) -> Iterator[bool]:
-    """Be in a Ray cluster; leave it at the end if it was entered here, which also ends all that runs in it for us.
-
-    Yields whether it was started here, on this machine alone.
-    """
+def _cluster(engine: Engine) -> Iterator[None]:
+    """Be in a Ray cluster; leave it at the end if it was entered here, which also ends all that runs in it for us."""
     try:
         import ray
         import ray.data
     except ImportError as error:
         raise EngineError(f"the engine ray needs `pip install 'vesl[ray]'` ({error})") from None
     if ray.is_initialized():
-        yield False
+        yield
         return
+    from .ray_executor import alone
+
     address = engine.address or os.environ.get("RAY_ADDRESS") or "local"
     # Ray Data has every actor take an object as an argument, and its core warns of that; this one lives in the driver.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    alone: dict[str, Any] = {"num_cpus": engine.workers or _cores()} if address == "local" else {}
-    for name, value in _ALONE.items() if alone else ():
+    own: dict[str, Any] = {"num_cpus": engine.workers or _cores()} if address == "local" else {}
+    for name, value in _ALONE.items() if own else ():
         os.environ.setdefault(name, value)
     try:
         with _silence():
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **alone)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except (ConnectionError, ValueError, RuntimeError) as error:
         line = str(error).strip().split("\n")[0]
         raise EngineError(f"ray at {address}: {line or type(error).__name__}") from None
     try:
-        if alone:  # what reads the workers' logs ten times a second for a driver that did not ask for them
-            node: Any = ray._private.worker._global_node
-            node.kill_log_monitor(check_alive=False)
-        yield bool(alone)
+        with alone() if own else nullcontext():
+            yield
     finally:
         ray.shutdown()
 
@@ -116,7 +113,6 @@ def _carry(
     job: Job,
     parts: Sequence[int],
     engine: Engine,
-    fixed: bool,
     waiting: Waiting[int],
     told: set[tuple[str, int]],
     listen: Listener,
@@ -128,7 +124,7 @@ def _carry(
     from .ray_executor import Executor
 
     data = dataset(job, parts, engine)
-    executor = Executor(data, fixed)
+    executor = Executor(data.context, data.get_dataset_id())
     left: list[int] = []
 
     def running() -> bool:

@@ -5,6 +5,7 @@ Built on its classes as they are in the pinned version of Ray; imported where Ra
 
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -15,8 +16,10 @@ from ray.data._internal.cluster_autoscaler import ClusterAutoscaler
 from ray.data._internal.execution import streaming_executor
 from ray.data._internal.execution.backpressure_policy.backpressure_policy import BackpressurePolicy
 from ray.data._internal.execution.interfaces import ExecutionResources
+from ray.data._internal.execution.operators import actor_pool_map_operator
 from ray.data._internal.execution.operators.task_pool_map_operator import TaskPoolMapOperator
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
+from ray.data._internal.utils import cached_ray_internals
 
 WAVE = 500  # blocks, cut at once and waiting for a step at most: the driver holds a few kilobytes for each
 _START_S = 60.0  # of a worker, its model and the work that it keeps from others meanwhile
@@ -68,19 +71,31 @@ class Fixed(ClusterAutoscaler):
         return self._has
 
 
+class Here:
+    """In the place of Ray's actor that others tell where they are and ask where some are: all are on this machine."""
+
+    def __init__(self) -> None:
+        self.update_actor_location = self.get_actor_locations = self
+
+    def remote(self, *_: Any) -> Any:
+        """The answer to either: nothing to say."""
+        return ray.put({})
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """While Ray is this machine alone: without processes that nobody needs there, but that take of its cores."""
+    node: Any = ray._private.worker._global_node
+    node.kill_log_monitor(check_alive=False)  # which sends the workers' logs to a driver that did not ask for them
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(streaming_executor, "create_cluster_autoscaler", Fixed))
+        for module in (actor_pool_map_operator, cached_ray_internals):
+            stack.enter_context(patch.object(module, "get_or_create_actor_location_tracker", Here))
+        yield
+
+
 class Executor(StreamingExecutor):
     """Ray's, but that it takes little of a core where tasks are long, and that its output need not be waited for."""
-
-    def __init__(self, data: Any, fixed: bool) -> None:
-        super().__init__(data.context, data.get_dataset_id())
-        self._fixed = fixed
-
-    def execute(self, *args: Any, **options: Any) -> Any:
-        """Begin; the iterator over the output that comes back ends it all where it is let go."""
-        if not self._fixed:
-            return super().execute(*args, **options)
-        with patch.object(streaming_executor, "create_cluster_autoscaler", Fixed):
-            return super().execute(*args, **options)
 
     def start(self) -> None:
         """Begin, as `execute` has made all that is needed."""

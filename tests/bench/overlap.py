@@ -84,7 +84,9 @@ def spent(process: psutil.Process) -> Counter[str]:
         with suppress(psutil.Error):
             scripts = [os.path.basename(word) for word in one.cmdline() if word.endswith(".py")]
             times = one.cpu_times()
-            found["driver" if one == process else (scripts or [one.name()])[0]] += times.user + times.system
+            found["driver" if one == process else (scripts or [one.name().partition(".")[0]])[0]] += (
+                times.user + times.system
+            )
     return found
 
 

@@ -217,7 +217,7 @@ def test_a_cluster_of_a_run_alone_has_no_process_that_nobody_needs(world: World)
     assert done.returncode == 0, done.stderr
     assert any(name.startswith("ray::MapWorker(MapBatches(Download))") for name in found)
     assert any("dashboard.py" in name for name in found)
-    for needless in ("ray::_AutoscalingCoordinator", "log_monitor.py"):
+    for needless in ("ray::_AutoscalingCoordinator", "ray::ActorLocationTracker", "log_monitor.py"):
         assert not [name for name in found if needless in name]
 
 
