@@ -66,13 +66,13 @@ def _cluster(engine: Engine) -> Iterator[None]:
     try:
         import ray
         import ray.data
+
+        from .ray_executor import alone
     except ImportError as error:
         raise EngineError(f"the engine ray needs `pip install 'vesl[ray]'` ({error})") from None
     if ray.is_initialized():
         yield
         return
-    from .ray_executor import alone
-
     address = engine.address or os.environ.get("RAY_ADDRESS") or "local"
     # Ray Data has every actor take an object as an argument, and its core warns of that; this one lives in the driver.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")

@@ -5,9 +5,8 @@ Built on its classes as they are in the pinned version of Ray; imported where Ra
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import pyarrow as pa
 import ray
@@ -23,6 +22,7 @@ from ray.data._internal.utils import cached_ray_internals
 
 WAVE = 500  # blocks, cut at once and waiting for a step at most: the driver holds a few kilobytes for each
 _START_S = 60.0  # of a worker, its model and the work that it keeps from others meanwhile
+_WHO_ASK_WHERE = (actor_pool_map_operator, cached_ray_internals)
 _LOOK_S = 1.0  # at the tasks, where none has anything to say
 
 
@@ -36,7 +36,7 @@ class Paced(BackpressurePolicy):
 
 
 class Patient(BacklogAwareActorAutoscaler):
-    """Lets a pool grow where what waits for it takes longer than another worker to start; Ray's own where any does."""
+    """Lets a pool grow where what waits for it is worth another worker; Ray's own does as soon as anything waits."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -87,11 +87,16 @@ def alone() -> Iterator[None]:
     """While Ray is this machine alone: without processes that nobody needs there, but that take of its cores."""
     node: Any = ray._private.worker._global_node
     node.kill_log_monitor(check_alive=False)  # which sends the workers' logs to a driver that did not ask for them
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(streaming_executor, "create_cluster_autoscaler", Fixed))
-        for module in (actor_pool_map_operator, cached_ray_internals):
-            stack.enter_context(patch.object(module, "get_or_create_actor_location_tracker", Here))
+    places: list[tuple[Any, str, type]] = [(streaming_executor, "create_cluster_autoscaler", Fixed)]
+    places += [(module, "get_or_create_actor_location_tracker", Here) for module in _WHO_ASK_WHERE]
+    theirs = [getattr(module, name) for module, name, _ in places]
+    for module, name, ours in places:
+        setattr(module, name, ours)
+    try:
         yield
+    finally:
+        for (module, name, _), kept in zip(places, theirs, strict=True):
+            setattr(module, name, kept)
 
 
 class Executor(StreamingExecutor):
