@@ -127,19 +127,26 @@ def _carry(
     executor = Executor(data.context, data.get_dataset_id())
     left: list[int] = []
 
-    def running() -> bool:
-        going = executor.is_alive()
+    def rows() -> Iterator[Row]:
         try:
-            rows = [row for block in executor.output() for row in block.to_pylist()]
+            for block in executor.output():
+                yield from block.to_pylist()
         except Exception as error:
             raise _ended(error) from error
-        for row in rows:
+
+    def running() -> bool:
+        going = executor.is_alive()
+        for row in rows():
             _hear(row, job, waiting, told, listen)
         left.extend(waiting.free())
         return going
 
-    held = data._execute_dag(executor)  # which shuts it down as soon as nobody has this
+    held = None  # who holds this keeps the executor from being shut down
     try:
+        try:
+            held = data._execute_dag(executor)
+        except Exception as error:
+            raise _ended(error) from error
         follow(job, parts, running, listen, _POLL_S, told)
     finally:
         executor.shutdown(force=True)

@@ -6,7 +6,7 @@ Built on its classes as they are in the pinned version of Ray; imported where Ra
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import ray
@@ -49,7 +49,8 @@ class Patient(BacklogAwareActorAutoscaler):
         now = time.monotonic()
         each = op.metrics.average_total_task_completion_time_s or now - self._begun.setdefault(op, now)  # so far
         at_once = actor_pool.current_size() * actor_pool.max_actor_concurrency()
-        if op_state.total_enqueued_input_blocks() * each / at_once < _START_S:
+        waiting = op_state.total_enqueued_input_blocks()  # a wave at most, whatever may be behind it
+        if waiting < WAVE and waiting * each / at_once < _START_S:
             return ActorPoolScalingRequest.no_op(reason="little to do")
         return wanted
 
@@ -115,10 +116,13 @@ class Executor(StreamingExecutor):
         return super()._scheduling_loop_step(topology)
 
     def output(self) -> Iterator[pa.Table]:
-        """The blocks that have come out since the last call. Raises what ended the execution."""
-        node: Any = self._output_node
-        state = node[1]
-        while state.output_queue.has_next(None):
-            yield from ray.get(list(state.get_output_blocking(None).block_refs))
+        """The blocks that have come out since the last call. Then raises what ended the execution, if anything did."""
+        alive, (last, state) = self.is_alive(), cast(Any, self._output_node)
+        while (bundle := state.output_queue.pop(None)) is not None:
+            last.metrics.num_external_outqueue_blocks -= len(bundle.blocks)  # as Ray's own iterator does
+            last.metrics.num_external_outqueue_bytes -= bundle.size_bytes()
+            yield from ray.get(list(bundle.block_refs))
         if state._exception is not None:
             raise state._exception
+        if not (alive or state._finished):
+            raise RuntimeError("the executor's thread ended")

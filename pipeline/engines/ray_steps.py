@@ -55,7 +55,7 @@ class Operator:
         self._opening = 0.0
         self._places, self._gate, self._turn, self._clock = Semaphore(2), Lock(), Turn(), Clock()
         self._watch, self._leases = Watch(engine, self._turn), set[str]()
-        self._run, self._hang = job.run, f"hung-{job.run}-"  # how a note's name begins
+        self._run, self._hang = job.run, f"hung-{job.run.rpartition('/')[2]}-"  # how a note's name begins
         self._end = ""  # "model" or "version": no part can be done here
         gc.freeze()  # what was imported stays: it need not be looked through for garbage again and again
 

@@ -266,7 +266,7 @@ def test_a_part_that_hangs_is_given_up_and_one_of_another_run_is_waited_for(
     monkeypatch.setattr(leases, "POLL_S", 0.1)
     plan, bad, other, events, listen = one_hangs_and_one_is_leased(world, 2)
     options = Engine(kind="ray", workers=1, silence_limit_s=7)
-    engine.run(replace(plan.job(), run="mine"), plan.todo(), options, listen)
+    engine.run(replace(plan.job(), run="runs/mine"), plan.todo(), options, listen)
     told = [(e.kind, e.step, e.part) for e in events if e.kind not in ("open", "spent")]
     assert told.count(("lost", "caption", bad)) == 1
     assert told[told.index(("lost", "caption", bad)) - 1] == ("retry", "caption", bad)
@@ -276,7 +276,7 @@ def test_a_part_that_hangs_is_given_up_and_one_of_another_run_is_waited_for(
     assert {e.text for e in events if e.kind == "lost"} == {
         "no batch was finished in engine.silence_limit_s = 7, so its worker was ended, 2 times"
     }
-    leases.give_back(plan.store, [step.folder for step in plan.steps], "mine")  # as `vesl run` does at its end
+    leases.give_back(plan.store, [step.folder for step in plan.steps], "runs/mine")  # as `vesl run` does at its end
     assert not list(Path(world.store).rglob("lease-*"))
 
 

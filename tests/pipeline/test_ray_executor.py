@@ -67,6 +67,8 @@ def waits(blocks: int) -> Any:
         (pool(at_once=2), 20.0, 5, 0),  # a block's time is that of two
         (pool(at_once=2), 20.0, 6, 2),
         (pool(), 3600.0, 0, 0),
+        (pool(), 0.05, 499, 0),
+        (pool(), 0.05, 500, 2),  # as many as may wait, and nobody knows how many are behind them
         (pool(size=1, least=2), 0.001, 1, 2),  # fewer than the recipe asks for
     ],
 )
@@ -88,6 +90,34 @@ def test_a_pool_may_shrink_at_any_time(patient: Patient, monkeypatch: pytest.Mon
     shrink = ActorPoolScalingRequest.downscale(delta=-1)
     monkeypatch.setattr(BacklogAwareActorAutoscaler, "_derive_target_scaling_config", lambda *args: shrink)
     assert patient._derive_target_scaling_config(pool(size=2), Operator(10.0), waits(0)) == shrink
+
+
+def test_what_came_out_is_heard_before_what_ended_the_execution(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Executor, "shutdown", lambda self, force: None)  # when it is let go
+    monkeypatch.setattr(ray_executor.ray, "get", lambda refs: refs)
+    bundles = [SimpleNamespace(block_refs=refs, blocks=refs, size_bytes=lambda: 10) for refs in (["a", "b"], ["c"])]
+    metrics = SimpleNamespace(num_external_outqueue_blocks=3, num_external_outqueue_bytes=20)
+    queue = SimpleNamespace(pop=lambda _: bundles.pop(0) if bundles else None)
+    state = SimpleNamespace(output_queue=queue, _exception=ValueError("a node is gone"), _finished=False)
+    executor, alive, heard = Executor.__new__(Executor), True, list[str]()
+    monkeypatch.setattr(Executor, "is_alive", lambda self: alive)
+    executor._output_node = (SimpleNamespace(metrics=metrics), state)
+
+    def hear() -> None:
+        for block in executor.output():
+            heard.append(block)
+
+    with pytest.raises(ValueError, match="a node is gone"):
+        hear()
+    assert heard == ["a", "b", "c"]
+    assert (metrics.num_external_outqueue_blocks, metrics.num_external_outqueue_bytes) == (0, 0)
+    state._exception = None
+    assert list(executor.output()) == []
+    alive = False
+    with pytest.raises(RuntimeError, match="thread ended"):
+        list(executor.output())
+    state._finished = True
+    assert list(executor.output()) == []
 
 
 def test_a_step_waits_until_a_task_has_something_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
