@@ -15,6 +15,7 @@ from ray.data._internal.cluster_autoscaler import ClusterAutoscaler
 from ray.data._internal.execution import streaming_executor
 from ray.data._internal.execution.backpressure_policy.backpressure_policy import BackpressurePolicy
 from ray.data._internal.execution.interfaces import ExecutionResources
+from ray.data._internal.execution.metadata_fetcher import InlineMetadataFetcher
 from ray.data._internal.execution.operators import actor_pool_map_operator
 from ray.data._internal.execution.operators.task_pool_map_operator import TaskPoolMapOperator
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
@@ -23,7 +24,7 @@ from ray.data._internal.utils import cached_ray_internals
 WAVE = 500  # blocks, cut at once and waiting for a step at most: the driver holds a few kilobytes for each
 _START_S = 60.0  # of a worker, its model and the work that it keeps from others meanwhile
 _WHO_ASK_WHERE = (actor_pool_map_operator, cached_ray_internals)
-_LOOK_S = 1.0  # at the tasks, where none has anything to say
+_LOOK_S, _STEP_S = 1.0, 5.0  # for a look whether all is to end and for a step, where no task has anything to say
 
 
 class Paced(BackpressurePolicy):
@@ -83,13 +84,27 @@ class Here:
         return ray.put({})
 
 
+class Unseen:
+    """In the place of what tells Ray's dashboard of the operators, by an actor of its own: there is no dashboard."""
+
+    @staticmethod
+    def register_dataset_to_stats_actor(*_: Any) -> None:
+        """Nobody looks."""
+
+    update_execution_metrics = register_dataset_to_stats_actor
+
+
 @contextmanager
 def alone() -> Iterator[None]:
     """While Ray is this machine alone: without processes that nobody needs there, but that take of its cores."""
     node: Any = ray._private.worker._global_node
     node.kill_log_monitor(check_alive=False)  # which sends the workers' logs to a driver that did not ask for them
+    node.kill_monitor(check_alive=False)  # which asks for more machines
     places: list[tuple[Any, str, type]] = [(streaming_executor, "create_cluster_autoscaler", Fixed)]
     places += [(module, "get_or_create_actor_location_tracker", Here) for module in _WHO_ASK_WHERE]
+    if not node.webui_url:
+        node.kill_dashboard(check_alive=False)  # which has no pages, as `ray[default]` is not installed
+        places.append((streaming_executor, "_StatsManager", Unseen))
     theirs = [getattr(module, name) for module, name, _ in places]
     for module, name, ours in places:
         setattr(module, name, ours)
@@ -107,12 +122,17 @@ class Executor(StreamingExecutor):
         """Begin, as `execute` has made all that is needed."""
         config = self._data_context.autoscaling_config
         self._actor_autoscaler = Patient(self._topology, self._resource_manager, config=config)
+        self._metadata_fetcher = InlineMetadataFetcher()  # a thread for these few bytes costs every task a step more
+        self._stepped = 0.0
         super().start()
 
     def _scheduling_loop_step(self, topology: Any) -> bool:
         under_way = [task.get_waitable() for op in topology for task in op.get_active_tasks()]
         if under_way:  # Ray's own step, dear as it is, goes round ten times a second
-            ray.wait(under_way, timeout=_LOOK_S, fetch_local=False)
+            ready, _ = ray.wait(under_way, timeout=_LOOK_S, fetch_local=False)
+            if not ready and time.monotonic() - self._stepped < _STEP_S:
+                return True
+        self._stepped = time.monotonic()
         return super()._scheduling_loop_step(topology)
 
     def output(self) -> Iterator[pa.Table]:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,13 @@ def test_what_the_machine_does_not_have_is_refused(cluster: Any, world: World) -
         carry(planned(world), ground=Resources(gpus=1))
 
 
+def test_what_ray_refuses_is_said_in_a_line(cluster: Any, world: World) -> None:
+    world.list_urls("a", world.images(5))
+    with pytest.raises(EngineError, match=r"^ray: TypeError: runtime_env\['env_vars'\] must be") as caught:
+        carry(planned(world), ground=Resources(runtime_env={"env_vars": {"A": 1}}))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_cluster_of_a_run_alone_has_no_process_that_nobody_needs(world: World) -> None:
     pytest.importorskip("ray")
     rows = world.images(5)
@@ -216,8 +224,10 @@ def test_a_cluster_of_a_run_alone_has_no_process_that_nobody_needs(world: World)
     done = world.run("run", "--until", "download")
     assert done.returncode == 0, done.stderr
     assert any(name.startswith("ray::MapWorker(MapBatches(Download))") for name in found)
-    assert any("dashboard.py" in name for name in found)
-    for needless in ("ray::_AutoscalingCoordinator", "ray::ActorLocationTracker", "log_monitor.py"):
+    dashboard = util.find_spec("aiohttp_cors") is not None  # of `ray[default]`
+    for told in ("dashboard/dashboard.py", "ray::_StatsActor"):
+        assert any(told in name for name in found) == dashboard
+    for needless in ("ray::_AutoscalingCoordinator", "ray::ActorLocationTracker", "monitor.py"):
         assert not [name for name in found if needless in name]
 
 

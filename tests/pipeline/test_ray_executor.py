@@ -120,15 +120,29 @@ def test_what_came_out_is_heard_before_what_ended_the_execution(monkeypatch: pyt
     assert list(executor.output()) == []
 
 
-def test_a_step_waits_until_a_task_has_something_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    happened: list[Any] = []
-    monkeypatch.setattr(StreamingExecutor, "_scheduling_loop_step", lambda self, topology: not happened.append("step"))
-    monkeypatch.setattr(ray_executor.ray, "wait", lambda tasks, **options: happened.append((tasks, options)))
-    monkeypatch.setattr(Executor, "shutdown", lambda self, force: None)  # when it is let go
-    executor = Executor.__new__(Executor)
-    assert executor._scheduling_loop_step([SimpleNamespace(get_active_tasks=list)])
-    assert happened == ["step"]
+def test_a_step_waits_until_a_task_has_something_to_say(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    happened, speaks = list[str](), {4: "b"}
     tasks = [SimpleNamespace(get_waitable=lambda name=name: name) for name in "abc"]
     steps = [SimpleNamespace(get_active_tasks=lambda: tasks[:1]), SimpleNamespace(get_active_tasks=lambda: tasks[1:])]
-    assert executor._scheduling_loop_step(steps)
-    assert happened[1:] == [(["a", "b", "c"], {"timeout": 1.0, "fetch_local": False}), "step"]
+
+    def wait(refs: list[str], *, timeout: float, fetch_local: bool) -> tuple[list[str], list[str]]:
+        assert (refs, timeout, fetch_local) == (["a", "b", "c"], 1.0, False)
+        happened.append("wait")
+        ready = speaks.get(happened.count("wait"))
+        clock.sleep(0.25 if ready else timeout)
+        return [ready] if ready else [], refs
+
+    monkeypatch.setattr(StreamingExecutor, "_scheduling_loop_step", lambda self, topology: not happened.append("step"))
+    monkeypatch.setattr(StreamingExecutor, "start", lambda self: None)
+    monkeypatch.setattr(ray_executor, "Patient", lambda *args, **options: None)
+    monkeypatch.setattr(ray_executor.ray, "wait", wait)
+    monkeypatch.setattr(Executor, "shutdown", lambda self, force: None)  # when it is let go
+    executor = Executor.__new__(Executor)
+    executor._data_context, executor._topology = SimpleNamespace(autoscaling_config=None), {}  # type: ignore[assignment]
+    executor._resource_manager = None
+    executor.start()
+    assert executor._scheduling_loop_step([SimpleNamespace(get_active_tasks=list)])
+    assert happened == ["step"]
+    for _ in range(10):
+        assert executor._scheduling_loop_step(steps)
+    assert happened[1:] == ["wait"] * 4 + ["step"] + ["wait"] * 5 + ["step", "wait"]
