@@ -209,14 +209,15 @@ def _time(job: Job, scratch: Store, index: int) -> Measured:
     """Do one step for all parts of the sample."""
     step, found = job.steps[index], Measured("batches")
     functions: dict[str, Function] = {}
-    opening = 0.0
+    opening = opened = 0.0
 
     def opener(stage: Stage) -> Function:
-        nonlocal opening
+        nonlocal opening, opened
         if not functions:
             begun = time.monotonic()
             functions[step.name] = stage.open()
-            opening = time.monotonic() - begun
+            opened = time.monotonic()
+            opening = opened - begun
         return functions[step.name]
 
     for part in range(len(job.inputs)):
@@ -226,9 +227,10 @@ def _time(job: Job, scratch: Store, index: int) -> Measured:
             footer = _keep_all(job, scratch, index, part)
         else:
             footer, _ = run_part(job, index, part, opener, attempt)
+        if opening:  # what was told before it, is rows that no function sees
+            ends = [(0, opened), *(end for end in ends if end[1] > opened)]
         times = [(rows, now - before) for (_, before), (rows, now) in itertools.pairwise(ends)]
         if times and opening:
-            times[0] = (times[0][0], max(0.0, times[0][1] - opening))
             if len(times) >= _WARM:
                 opening += times.pop(0)[1]
             found.opening, opening = [opening], 0.0

@@ -25,7 +25,7 @@ class Resources:
     cpus: float | None = None  # for each worker; on ray
     gpus: float | None = None  # for each worker; on ray and beam
     runtime_env: Mapping[str, Any] = field(default_factory=dict)  # Ray's own: packages, variables; on ray
-    accelerator: str | None = None  # its type, such as nvidia-l4; on beam
+    accelerator: str | None = None  # its type: nvidia-l4 and the like on beam, L4 on ray
     memory: str | None = None  # such as 24GiB; on beam, and of dedup
 
 

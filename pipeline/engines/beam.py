@@ -36,6 +36,7 @@ from typing import Any
 from ...models.contract import ModelError
 from ..leases import Waiting, give_back
 from ..listing import part_of
+from ..stage import Placed
 from ..store import Store
 from ..work import Job
 from . import Engine, EngineError, Event, Listener, local
@@ -253,7 +254,9 @@ def run(job: Job, parts: Sequence[int], engine: Engine, listen: Listener) -> Non
     """
     if find_spec("apache_beam") is None:
         raise EngineError("the engine beam needs `pip install 'vesl[beam]'`")
-    if named := [step.name for step in job.steps if engine.of(step.name).workers]:
+    # A stage that is Placed shares its budgets between as many workers as the recipe says, whoever starts them.
+    own = [step.name for step in job.steps if not isinstance(step.stage, Placed)]
+    if named := [name for name in own if engine.of(name).workers]:
         print(f"vesl: engine beam has no workers of single steps: not used for {', '.join(named)}", file=sys.stderr)
     store, name = job.store, uuid.uuid4().hex
     folder = f"runs/.beam-{name}"

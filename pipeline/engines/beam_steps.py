@@ -234,9 +234,9 @@ def _hints(stage: Stage, resources: Resources | None) -> dict[str, str]:
     """Beam's resource hints of a step: memory, and GPUs where it opens a model. Runners on one machine ignore them."""
     memory, gpus, kind = (getattr(resources, name, None) for name in ("memory", "gpus", "accelerator"))
     hints = {"min_ram": str(memory)} if memory else {}
-    if gpus and stage.opens_model:
+    if (gpus or kind) and stage.opens_model:
         kinds = [f"type:{kind}"] if kind else []
-        hints["accelerator"] = ";".join([*kinds, f"count:{math.ceil(gpus)}", "install-nvidia-driver"])
+        hints["accelerator"] = ";".join([*kinds, f"count:{math.ceil(gpus or 1)}", "install-nvidia-driver"])
     return hints
 
 

@@ -8,9 +8,12 @@ known for it on whatever node it comes up next. What runs on the workers is in `
 
 import json
 import logging
+import math
 import os
+import sys
+import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -27,7 +30,7 @@ from .ray_steps import Operator, Row, version
 
 _TOGETHER, _ROWS = 64, 1000  # parts in a block and, where these are several, their rows, at most
 _BLOCKS_A_WORKER = 16  # before parts go together: enough to be shared evenly
-_POLL_S = 0.5
+_POLL_S, _START_S = 0.5, 60.0  # a worker needs seconds, where there is room for it; its model comes later
 # For a cluster on this machine, where its processes and this one share the cores with the work.
 _ALONE = {
     "RAY_worker_niceness": "0",  # by default 15, so that all else goes first
@@ -126,6 +129,7 @@ def _carry(
     data = dataset(job, parts, engine)
     executor = Executor(data.context, data.get_dataset_id())
     left: list[int] = []
+    slow_at = time.monotonic() + _START_S
 
     def rows() -> Iterator[Row]:
         try:
@@ -135,7 +139,12 @@ def _carry(
             raise _ended(error) from error
 
     def running() -> bool:
+        nonlocal slow_at
         going = executor.is_alive()
+        if time.monotonic() > slow_at and (steps := executor.starting()):
+            why = "the cluster has nothing free for it, or it cannot start there (Ray's own logs say why)"
+            print(f"vesl: ray: {', '.join(steps)}: still without a worker: {why}", file=sys.stderr)
+            slow_at = math.inf
         for row in rows():
             _hear(row, job, waiting, told, listen)
         left.extend(waiting.free())
@@ -191,7 +200,7 @@ def dataset(job: Job, parts: Sequence[int], engine: Engine) -> Any:
 
     The parts come in waves of many blocks, which are cut one after the other as the steps take them: so the driver's
     memory stays flat, and the actors go from one wave on to the next without a pause.
-    Raises EngineError where the cluster does not have what one actor for each step needs.
+    Raises EngineError where this machine does not have what one actor for each step needs; a cluster may yet grow.
     """
     import ray
     from ray.data import ActorPoolStrategy
@@ -201,10 +210,10 @@ def dataset(job: Job, parts: Sequence[int], engine: Engine) -> Any:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     has: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     wants = {step.name: resources(step, len(job.steps), engine, has) for step in job.steps}
-    for kind, at in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
-        need = sum(want[at] for want in wants.values())
-        if need > has.get(kind, 0) and not engine.address and "RAY_ADDRESS" not in os.environ:  # else it may yet grow
-            raise EngineError(f"ray: an actor for each step needs {need:g} {kind}s, there are {has.get(kind, 0):g}")
+    if lacks := _lacks(wants, has):
+        if not engine.address and "RAY_ADDRESS" not in os.environ:
+            raise EngineError(f"ray: {lacks}")
+        print(f"vesl: ray: {lacks}; waiting until the cluster has them", file=sys.stderr)
     job = replace(job, workers={name: want["max_size"] for name, want in wants.items()})
     together = _together(len(parts), max(want["max_size"] for want in wants.values()), job.rows)
     waves = [parts[first : first + WAVE * together] for first in range(0, len(parts), WAVE * together)]
@@ -234,10 +243,23 @@ def dataset(job: Job, parts: Sequence[int], engine: Engine) -> Any:
                 enable_true_multi_threading=parts_at_once > 1,
             ),
             num_cpus=want["num_cpus"],
-            num_gpus=want["num_gpus"] or None,
+            accelerator_type=want["accelerator_type"],
             runtime_env=dict(engine.of(step.name).runtime_env) or None,
         )
+        if want["num_gpus"]:  # with which `map_batches` wants a number of rows to a batch, as if parts were rows
+            data._logical_plan.dag.ray_remote_args["num_gpus"] = want["num_gpus"]
     return data
+
+
+def _lacks(wants: Mapping[str, Mapping[str, Any]], has: Mapping[str, float]) -> str:
+    """What there is too little of for one actor of each step."""
+    for kind, at in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
+        need = sum(want[at] for want in wants.values())
+        if need > has.get(kind, 0):
+            return f"an actor for each step needs {need:g} {kind}s, there are {has.get(kind, 0):g}"
+    kinds = {want["accelerator_type"] for want in wants.values()} - {None}
+    missing = sorted(kind for kind in kinds if f"accelerator_type:{kind}" not in has)
+    return f"no node has accelerators of the type {', '.join(missing)}" if missing else ""
 
 
 def _together(parts: int, workers: int, rows: float) -> int:
@@ -258,7 +280,8 @@ def resources(step: Step, steps: int, engine: Engine, has: dict[str, float]) -> 
     if gpus and engine.workers is None:
         most = int(has.get("GPU", 0) / gpus)
     most = max(1, asked.workers or most)
-    return {"num_cpus": share, "num_gpus": gpus, "min_size": min(asked.min_workers or 1, most), "max_size": most}
+    bounds = {"min_size": min(asked.min_workers or 1, most), "max_size": most}
+    return {"num_cpus": share, "num_gpus": gpus, "accelerator_type": asked.accelerator, **bounds}
 
 
 class _DiedError(EngineError):

@@ -17,6 +17,7 @@ from ray.data._internal.execution.backpressure_policy.backpressure_policy import
 from ray.data._internal.execution.interfaces import ExecutionResources
 from ray.data._internal.execution.metadata_fetcher import InlineMetadataFetcher
 from ray.data._internal.execution.operators import actor_pool_map_operator
+from ray.data._internal.execution.operators.actor_pool_map_operator import ActorPoolMapOperator
 from ray.data._internal.execution.operators.task_pool_map_operator import TaskPoolMapOperator
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from ray.data._internal.utils import cached_ray_internals
@@ -134,6 +135,13 @@ class Executor(StreamingExecutor):
                 return True
         self._stepped = time.monotonic()
         return super()._scheduling_loop_step(topology)
+
+    def starting(self) -> list[str]:
+        """The steps that have no worker yet, but want one."""
+        steps: list[Any] = [op for op in self._topology or () if isinstance(op, ActorPoolMapOperator)]
+        pools = [(op.name, op._actor_pool) for op in steps]
+        none = [name for name, pool in pools if pool.num_pending_actors() and not pool.num_running_actors()]
+        return [name.partition("(")[2].rstrip(")").lower() for name in none]  # of MapBatches(Ground)
 
     def output(self) -> Iterator[pa.Table]:
         """The blocks that have come out since the last call. Then raises what ended the execution, if anything did."""

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from threading import Lock, Semaphore
 from typing import Any
 
@@ -36,8 +38,11 @@ Row = dict[str, Any]
 
 @functools.cache
 def version() -> str:
-    """Of vesl, as it is installed in this process."""
-    return importlib.metadata.version("vesl")
+    """Of vesl, as it is installed in this process: its number and a digest of its code, as a number has many states."""
+    digest, root = hashlib.sha256(), Path(__file__).resolve().parents[2]
+    for path in sorted(path for name in ("models", "pipeline", "transforms") for path in (root / name).rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\n{path.read_text()}\n".encode())
+    return f"{importlib.metadata.version('vesl')}+{digest.hexdigest()[:12]}"
 
 
 class Operator:
@@ -191,7 +196,8 @@ class Operator:
             if event.kind == "lost":
                 state = "lost"
             if event.kind == "done" and event.step == self._step.name:
-                count(event.footer)
+                if event.fresh:
+                    count(event.footer)
                 say("done", json.dumps([event.fresh, event.footer]))
 
         local.run(

@@ -140,7 +140,8 @@ def bin_folder(tmp_path: Path) -> Path:
     stand_in(folder, "scontrol", "printf 'n1\\nn2\\nn3\\n'")
     stand_in(folder, "srun", f'{log}\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"')
     stand_in(folder, "hostname", "echo '10.0.0.1 fe80::1'")
-    stand_in(folder, "ray", f'{log}\n[ "$1" = start ] && exec sleep 60\n[ -e {tmp_path}/down ] && exit 1\nexit 0')
+    status = f'printf "Active:\\n 1 node_a\\n 1 node_b\\n"; [ -e {tmp_path}/two ] || echo " 1 node_c"'
+    stand_in(folder, "ray", f'{log}\n[ "$1" = start ] && exec sleep 60\n[ -e {tmp_path}/down ] && exit 1\n{status}')
     stand_in(folder, "sleep", '[ "$1" = 60 ] && exec /bin/sleep 60\nexit 0')
     wait = f"until grep -q 'ray start --block' {tmp_path}/log; do /bin/sleep 0.1; done"  # for the other nodes
     says = 'echo "at $RAY_ADDRESS $RAY_AUTH_TOKEN, offline $HF_HUB_OFFLINE"'
@@ -174,6 +175,17 @@ def test_slurm_starts_ray_over_its_nodes_and_ends_it(bin_folder: Path, tmp_path:
     assert any("--nodelist=n1 ray start --head" in call for call in where)
     left = subprocess.run(["pgrep", "-f", f"{bin_folder}/ray"], capture_output=True, text=True)
     assert not left.stdout
+    assert "nodes came up" not in done.stderr
+    last = max(at for at, call in enumerate(own) if call.startswith("ray status"))
+    assert last < next(at for at, call in enumerate(own) if call.startswith("vesl run"))
+
+
+def test_slurm_goes_on_with_the_nodes_that_came_up(bin_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "two").touch()
+    done = script("slurm/ray.sbatch", bin_folder, "r.yaml", SLURM_JOB_NODELIST="n[1-3]")
+    assert done.returncode == 0, done.stderr
+    assert "2 of 3 nodes came up; going on with them" in done.stderr
+    assert "vesl run r.yaml" in (tmp_path / "log").read_text()
 
 
 def test_slurm_says_where_ray_did_not_come_up(bin_folder: Path, tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 import json
 import math
 import random
+import time
 from pathlib import Path
 
 import pytest
 
+from tests import standins
 from tests.world import World
 from vesl.pipeline.cost import Cost, Measured, costs, from_runs, long_parts, measure, seconds_per_image, student
 from vesl.pipeline.plan import Plan, make_plan
@@ -118,6 +120,24 @@ def test_a_sample_downloads_what_is_missing_and_obeys_takedowns(world: World, tm
     assert world.files() == before
     assert (timed["download"].rows, timed["download"].kept, timed["caption"].rows) == (10, 1, 1)
     assert sum(world.server.hits.values()) == sum(hits.values()) + 1
+
+
+def test_loading_a_model_is_no_work_also_where_rows_are_taken_down(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = world.images(10)
+    world.list_urls("a", rows)
+    world.document["steps"]["caption"]["model"] = "tests.standins:captioner@1"
+    world.write()
+    assert world.run("run", "--until", "download").returncode == 0
+    (tmp_path / "list.txt").write_text(f"{rows[0][0]}\n")
+    assert world.run("takedown", str(tmp_path / "list.txt")).returncode == 0
+    captioner = standins.captioner
+    monkeypatch.setattr(standins, "captioner", lambda: (time.sleep(1), captioner())[1])
+    timed = measure(make_plan(world.load()), 10, lambda line: None)["caption"]
+    assert (timed.rows, timed.kept) == (10, 9)
+    assert timed.opening == [pytest.approx(1, abs=0.5)]
+    assert sum(seconds for _, seconds in timed.units) < 0.5
 
 
 def test_the_runs_so_far_are_read_by_fingerprint(world: World) -> None:

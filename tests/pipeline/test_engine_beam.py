@@ -250,7 +250,7 @@ def test_a_part_that_hangs_is_given_up_and_one_of_another_run_is_waited_for(
 ) -> None:
     monkeypatch.setattr(leases, "POLL_S", 0.1)
     plan, bad, _, events, listen = one_hangs_and_one_is_leased(world, 3)
-    engine = Engine(kind="beam", silence_limit_s=10, caption=Resources(workers=1))
+    engine = Engine(kind="beam", silence_limit_s=10, caption=Resources(workers=1), download=Resources(workers=1))
     beam.run(replace(plan.job(), run="mine"), plan.todo(), engine, listen)
     assert of(events, "retry") == of(events, "lost") == [("caption", bad)]
     assert len(of(events, "wait")) == 1
@@ -263,7 +263,7 @@ def test_a_part_that_hangs_is_given_up_and_one_of_another_run_is_waited_for(
     assert text == "no batch was finished in engine.silence_limit_s = 10, so its worker was ended, 2 times"
     leases.give_back(plan.store, [step.folder for step in plan.steps], "mine")  # as `vesl run` does at its end
     assert not list(Path(world.store).rglob("lease-*"))
-    assert "engine beam has no workers of single steps: not used for caption" in capsys.readouterr().err
+    assert "engine beam has no workers of single steps: not used for caption\n" in capsys.readouterr().err
 
 
 def test_of_two_silent_attempts_the_one_whose_turn_it_is_with_the_model_is_blamed(

@@ -32,6 +32,7 @@ def cluster() -> Iterator[Any]:
     ray.init(
         address="local",
         num_cpus=2,
+        num_gpus=1,  # so it is told; Ray does not look
         log_to_driver=False,
         include_dashboard=False,
         object_store_memory=200 << 20,
@@ -99,7 +100,7 @@ def test_same_bytes_as_the_local_engine_in_an_operator_for_each_step(
     local.run(plan.job(), plan.todo(), Engine(workers=1), lambda event: None)
     want = without_time(world.contents(*STEPS))
     os.rename(world.store, f"{world.store}-local")
-    events = carry(planned(world), ground=Resources(workers=2, min_workers=2, cpus=0.3))
+    events = carry(planned(world), ground=Resources(workers=2, min_workers=2, cpus=0.3, gpus=0.5))
     assert without_time(world.contents(*STEPS)) == want
     for kind in ("done", "spent"):
         told = sorted((e.step, e.part, e.fresh) for e in events if e.kind == kind)
@@ -116,8 +117,8 @@ def test_same_bytes_as_the_local_engine_in_an_operator_for_each_step(
     assert operators[1]._ray_remote_args["num_cpus"] == 0
     for op in operators[2:]:
         pool, resources = op._actor_pool, op._ray_remote_args
-        share = (0.3, 2, 2) if op.name == "MapBatches(Ground)" else (0.16, 1, 1)
-        assert (resources["num_cpus"], pool.min_size(), pool.max_size()) == share
+        share = (0.3, 0.5, 2, 2) if op.name == "MapBatches(Ground)" else (0.16, 0, 1, 1)
+        assert (resources["num_cpus"], resources.get("num_gpus", 0), pool.min_size(), pool.max_size()) == share
     deadline = time.monotonic() + 60
     while workers():
         assert time.monotonic() < deadline
@@ -194,8 +195,24 @@ def test_another_version_on_a_worker_is_refused(cluster: Any, world: World, monk
 
 def test_what_the_machine_does_not_have_is_refused(cluster: Any, world: World) -> None:
     world.list_urls("a", world.images(5))
-    with pytest.raises(EngineError, match=r"needs 1 GPUs, there are 0"):
-        carry(planned(world), ground=Resources(gpus=1))
+    with pytest.raises(EngineError, match=r"needs 2 GPUs, there are 1"):
+        carry(planned(world), ground=Resources(gpus=2))
+    with pytest.raises(EngineError, match=r"^ray: no node has accelerators of the type A100, L4$"):
+        carry(planned(world), caption=Resources(accelerator="L4"), ground=Resources(accelerator="A100"))
+
+
+def test_what_a_cluster_does_not_have_may_yet_come(
+    cluster: Any, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world.list_urls("a", world.images(5))
+    joined = Engine(kind="ray", address="10.0.0.1:6379", ground=Resources(gpus=2, accelerator="L4"))
+    plan = planned(world)
+    capsys.readouterr()
+    data = engine.dataset(plan.job(), plan.todo(), joined)
+    says = "vesl: ray: an actor for each step needs 2 GPUs, there are 1; waiting until the cluster has them\n"
+    assert capsys.readouterr().err == says
+    (ground,) = [op for op in data._logical_plan.dag.post_order_iter() if op.name == "MapBatches(Ground)"]
+    assert (ground.ray_remote_args["num_gpus"], ground.ray_remote_args["accelerator_type"]) == (2, "L4")
 
 
 def test_what_ray_refuses_is_said_in_a_line(cluster: Any, world: World) -> None:
@@ -203,6 +220,23 @@ def test_what_ray_refuses_is_said_in_a_line(cluster: Any, world: World) -> None:
     with pytest.raises(EngineError, match=r"^ray: TypeError: runtime_env\['env_vars'\] must be") as caught:
         carry(planned(world), ground=Resources(runtime_env={"env_vars": {"A": 1}}))
     assert "\n" not in str(caught.value)
+
+
+def test_workers_that_do_not_start_are_told_of(cluster: Any, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    class EnoughError(Exception):
+        pass
+
+    def write(text: str) -> int:
+        said.append(text)
+        raise EnoughError
+
+    world.list_urls("a", world.images(5))
+    monkeypatch.setattr(engine, "_START_S", 3.0)
+    plan, said = planned(world, until="caption"), list[str]()
+    monkeypatch.setattr(sys.stderr, "write", write)
+    with pytest.raises(EnoughError):
+        carry(plan, caption=Resources(runtime_env={"py_executable": "/none/python"}))
+    assert "caption: still without a worker: the cluster has nothing free" in said[0]
 
 
 def test_a_cluster_of_a_run_alone_has_no_process_that_nobody_needs(world: World) -> None:
@@ -238,12 +272,12 @@ def test_resources_follow_the_recipe_and_fit_the_cluster() -> None:
     step: Any = Ground()
     has = {"CPU": 64.0, "GPU": 8.0}
     usual = engine.resources(step, 6, Engine(), has)
-    assert usual == {"num_cpus": 0.16, "num_gpus": 0, "min_size": 1, "max_size": 64}
+    assert usual == {"num_cpus": 0.16, "num_gpus": 0, "accelerator_type": None, "min_size": 1, "max_size": 64}
     assert usual["num_cpus"] * usual["max_size"] * 6 <= 64
     half = engine.resources(step, 6, Engine(ground=Resources(gpus=0.5)), has)
     assert (half["num_gpus"], half["max_size"]) == (0.5, 16)
     bounds = engine.resources(step, 6, Engine(workers=3, ground=Resources(workers=8, min_workers=2, cpus=4)), has)
-    assert bounds == {"num_cpus": 4, "num_gpus": 0, "min_size": 2, "max_size": 8}
+    assert bounds == {"num_cpus": 4, "num_gpus": 0, "accelerator_type": None, "min_size": 2, "max_size": 8}
 
 
 def test_outcomes_are_counted_for_ray(monkeypatch: pytest.MonkeyPatch) -> None:

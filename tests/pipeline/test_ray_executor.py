@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("ray")
 
 from ray.data._internal.actor_autoscaler import ActorPoolScalingRequest, BacklogAwareActorAutoscaler
+from ray.data._internal.execution.operators.actor_pool_map_operator import ActorPoolMapOperator
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
 from vesl.pipeline.engines import ray_executor
@@ -146,3 +147,23 @@ def test_a_step_waits_until_a_task_has_something_to_say(monkeypatch: pytest.Monk
     for _ in range(10):
         assert executor._scheduling_loop_step(steps)
     assert happened[1:] == ["wait"] * 4 + ["step"] + ["wait"] * 5 + ["step", "wait"]
+
+
+class Step(ActorPoolMapOperator):
+    def __init__(self, name: str, pending: int, running: int) -> None:
+        pool = SimpleNamespace(num_pending_actors=lambda: pending, num_running_actors=lambda: running)
+        self._named, self._actor_pool = f"MapBatches({name})", pool  # type: ignore[assignment]
+
+    @property
+    def name(self) -> str:
+        return self._named
+
+
+def test_only_steps_without_any_worker_are_starting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Executor, "shutdown", lambda self, force: None)  # when it is let go
+    executor = Executor.__new__(Executor)
+    executor._topology = None
+    assert executor.starting() == []
+    steps = (Step("Download", 0, 1), Step("Caption", 1, 0), Step("Ground", 1, 1), Step("Pack", 0, 0))
+    executor._topology = dict.fromkeys(steps)  # type: ignore[assignment]
+    assert executor.starting() == ["caption"]

@@ -1,6 +1,7 @@
-"""A step's operator on Ray, without Ray: what its leases say of deaths."""
+"""A step's operator on Ray, without Ray: what its leases say of deaths, what it counts, which code it is."""
 
 import multiprocessing as mp
+import re
 import sys
 import threading
 import time
@@ -12,7 +13,7 @@ import pytest
 
 from tests.pipeline.test_work import DOWNLOAD, Drawn, job_for
 from vesl.pipeline import leases
-from vesl.pipeline.engines import Engine
+from vesl.pipeline.engines import Engine, ray_steps
 from vesl.pipeline.engines.ray_steps import Operator, version
 from vesl.pipeline.stage import Function
 from vesl.pipeline.store import Store, to_json, wip
@@ -61,3 +62,32 @@ def test_a_part_that_waits_for_its_turn_is_not_charged_with_the_death_of_another
     waiting.join(30)
     assert job.store.exists(table)
     assert not job.store.exists(wip(table))
+
+
+def test_what_an_operator_does_is_counted_once(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[tuple[str, int]] = []
+    monkeypatch.setattr(ray_steps, "count", lambda footer: counted.append((footer["step"], footer["counts"]["kept"])))
+    for _ in range(2):  # the second finds it done
+        carry(job)
+    table = job.store.read_table(job.steps[0].table(0))
+    assert counted == [("download", table["outcome"].to_pylist().count("kept"))]
+
+
+def test_another_state_of_the_code_is_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+\+[0-9a-f]{12}", version())
+    for name in ("models", "pipeline/engines", "transforms", "tests"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.setattr(ray_steps, "__file__", str(tmp_path / "pipeline/engines/ray_steps.py"))
+
+    def after(name: str, text: str) -> str:
+        (tmp_path / name).write_text(text)
+        return version.__wrapped__()
+
+    first = after("models/clip.py", "SIDE = 224\n")
+    assert after("tests/test_clip.py", "") == after("models/notes.txt", "") == first
+    others = [
+        after("models/clip.py", "SIDE = 336\n"),
+        after("transforms/clip.py", ""),
+        after("pipeline/engines/a.py", ""),
+    ]
+    assert len({first, *others}) == 4

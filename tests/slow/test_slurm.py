@@ -37,6 +37,7 @@ def test_a_run_over_two_nodes(world: World, tmp_path: Path) -> None:
     script = ["bash", str(DEPLOY / "slurm/ray.sbatch"), str(world.recipe)]
     done = subprocess.run(script, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "nodes came up" not in done.stderr  # both did
     there = without_time(world.contents("pack"))
     os.rename(world.store, f"{world.store}-slurm")
     assert world.run("run").returncode == 0
