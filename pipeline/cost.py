@@ -209,26 +209,27 @@ def _time(job: Job, scratch: Store, index: int) -> Measured:
     """Do one step for all parts of the sample."""
     step, found = job.steps[index], Measured("batches")
     functions: dict[str, Function] = {}
-    opening = opened = 0.0
+    opening = 0.0
 
     def opener(stage: Stage) -> Function:
-        nonlocal opening, opened
+        nonlocal opening
         if not functions:
             begun = time.monotonic()
             functions[step.name] = stage.open()
-            opened = time.monotonic()
-            opening = opened - begun
+            opening = time.monotonic() - begun
+        ends.append((0, time.monotonic()))
         return functions[step.name]
+
+    def on_rows(rows: int) -> None:
+        if ends:  # else the function is not open, and these are rows that it does not see
+            ends.append((rows, time.monotonic()))
 
     for part in range(len(job.inputs)):
         ends: list[tuple[int, float]] = []
-        attempt = Attempt(on_rows=lambda rows: ends.append((rows, time.monotonic())))  # noqa: B023  (called at once)
         if step.name == "dedup":  # compares all parts with each other: no work of a worker
             footer = _keep_all(job, scratch, index, part)
         else:
-            footer, _ = run_part(job, index, part, opener, attempt)
-        if opening:  # what was told before it, is rows that no function sees
-            ends = [(0, opened), *(end for end in ends if end[1] > opened)]
+            footer, _ = run_part(job, index, part, opener, Attempt(on_rows=on_rows))
         times = [(rows, now - before) for (_, before), (rows, now) in itertools.pairwise(ends)]
         if times and opening:
             if len(times) >= _WARM:

@@ -30,7 +30,7 @@ from .ray_steps import Operator, Row, version
 
 _TOGETHER, _ROWS = 64, 1000  # parts in a block and, where these are several, their rows, at most
 _BLOCKS_A_WORKER = 16  # before parts go together: enough to be shared evenly
-_POLL_S, _START_S = 0.5, 60.0  # a worker needs seconds, where there is room for it; its model comes later
+_POLL_S, _SLOW_S = 0.5, 60.0  # a worker needs seconds, where there is room for it; its model comes later
 # For a cluster on this machine, where its processes and this one share the cores with the work.
 _ALONE = {
     "RAY_worker_niceness": "0",  # by default 15, so that all else goes first
@@ -129,7 +129,7 @@ def _carry(
     data = dataset(job, parts, engine)
     executor = Executor(data.context, data.get_dataset_id())
     left: list[int] = []
-    slow_at = time.monotonic() + _START_S
+    slow_at = time.monotonic() + _SLOW_S
 
     def rows() -> Iterator[Row]:
         try:
@@ -200,7 +200,7 @@ def dataset(job: Job, parts: Sequence[int], engine: Engine) -> Any:
 
     The parts come in waves of many blocks, which are cut one after the other as the steps take them: so the driver's
     memory stays flat, and the actors go from one wave on to the next without a pause.
-    Raises EngineError where this machine does not have what one actor for each step needs; a cluster may yet grow.
+    Raises EngineError where there is not what one actor for each step needs; a cluster with an address may yet grow.
     """
     import ray
     from ray.data import ActorPoolStrategy
@@ -223,6 +223,7 @@ def dataset(job: Job, parts: Sequence[int], engine: Engine) -> Any:
     data.context.set_config("backpressure_policies.enabled", [Paced])
     data.context.enable_progress_bars = data.context.print_on_execution_start = False
     data.context.memory_usage_poll_interval_s = None  # else a thread for each task looks, once a second
+    data.context.execution_no_progress_timeout_s = -1  # parts take as long as they take; who hangs is ended by others
     scaling = data.context.autoscaling_config
     scaling.actor_pool_util_upscaling_threshold = 0.9  # busy; by default: and as much in queue
     shrinks = any(engine.of(step.name).min_workers for step in job.steps)
@@ -274,7 +275,7 @@ def resources(step: Step, steps: int, engine: Engine, has: dict[str, float]) -> 
     for each share of a GPU): so all pools fit the cluster at once, and none can lock another out.
     """
     asked = engine.of(step.name)
-    gpus = asked.gpus or 0.0
+    gpus = asked.gpus if asked.gpus is not None else float(asked.accelerator is not None)
     share = asked.cpus if asked.cpus is not None else int(100 / steps) / 100
     most = engine.workers or int(has.get("CPU", 1))
     if gpus and engine.workers is None:

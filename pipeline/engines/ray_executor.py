@@ -6,6 +6,7 @@ Built on its classes as they are in the pinned version of Ray; imported where Ra
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import pyarrow as pa
@@ -38,7 +39,10 @@ class Paced(BackpressurePolicy):
 
 
 class Patient(BacklogAwareActorAutoscaler):
-    """Lets a pool grow where what waits for it is worth another worker; Ray's own does as soon as anything waits."""
+    """Lets a pool grow where what waits for it is worth another worker; Ray's own does as soon as anything waits.
+
+    And lets it go at its step's end.
+    """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -46,6 +50,8 @@ class Patient(BacklogAwareActorAutoscaler):
 
     def _derive_target_scaling_config(self, actor_pool: Any, op: Any, op_state: Any) -> ActorPoolScalingRequest:
         wanted = super()._derive_target_scaling_config(actor_pool, op, op_state)
+        if wanted.force:  # no more comes for the step: all who have nothing to do may go, not one in each look
+            return replace(wanted, delta=-max(1, actor_pool.current_size()))
         if wanted.delta <= 0 or actor_pool.current_size() < actor_pool.min_size():
             return wanted
         now = time.monotonic()

@@ -40,8 +40,9 @@ Row = dict[str, Any]
 def version() -> str:
     """Of vesl, as it is installed in this process: its number and a digest of its code, as a number has many states."""
     digest, root = hashlib.sha256(), Path(__file__).resolve().parents[2]
-    for path in sorted(path for name in ("models", "pipeline", "transforms") for path in (root / name).rglob("*.py")):
-        digest.update(f"{path.relative_to(root)}\n{path.read_text()}\n".encode())
+    paths = [path for name in ("models", "pipeline", "transforms") for path in (root / name).rglob("*.py")]
+    for path in sorted(path for path in paths if path.stem.isidentifier()):  # no editor's, which cannot be imported
+        digest.update(f"{path.relative_to(root).as_posix()}\n".encode() + path.read_bytes())
     return f"{importlib.metadata.version('vesl')}+{digest.hexdigest()[:12]}"
 
 

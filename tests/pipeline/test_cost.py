@@ -138,6 +138,7 @@ def test_loading_a_model_is_no_work_also_where_rows_are_taken_down(
     assert (timed.rows, timed.kept) == (10, 9)
     assert timed.opening == [pytest.approx(1, abs=0.5)]
     assert sum(seconds for _, seconds in timed.units) < 0.5
+    assert sum(rows for rows, _ in timed.units) == 9
 
 
 def test_the_runs_so_far_are_read_by_fingerprint(world: World) -> None:

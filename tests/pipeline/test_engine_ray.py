@@ -111,6 +111,7 @@ def test_same_bytes_as_the_local_engine_in_an_operator_for_each_step(
     assert {e.kind for e in events} == {"done", "spent", "open"}
     assert not list(Path(world.store).rglob("*.wip"))
 
+    assert executors[0]._no_progress_guard._timeout_s == -1
     operators = list(executors[0]._topology)
     names = [op.name.partition("[")[0] for op in operators]
     assert names == ["Input", "StreamingRepartition", *(f"MapBatches({step.capitalize()})" for step in STEPS)]
@@ -231,7 +232,7 @@ def test_workers_that_do_not_start_are_told_of(cluster: Any, world: World, monke
         raise EnoughError
 
     world.list_urls("a", world.images(5))
-    monkeypatch.setattr(engine, "_START_S", 3.0)
+    monkeypatch.setattr(engine, "_SLOW_S", 3.0)
     plan, said = planned(world, until="caption"), list[str]()
     monkeypatch.setattr(sys.stderr, "write", write)
     with pytest.raises(EnoughError):
@@ -276,6 +277,8 @@ def test_resources_follow_the_recipe_and_fit_the_cluster() -> None:
     assert usual["num_cpus"] * usual["max_size"] * 6 <= 64
     half = engine.resources(step, 6, Engine(ground=Resources(gpus=0.5)), has)
     assert (half["num_gpus"], half["max_size"]) == (0.5, 16)
+    typed = engine.resources(step, 6, Engine(ground=Resources(accelerator="L4")), has)
+    assert (typed["num_gpus"], typed["max_size"], typed["accelerator_type"]) == (1, 8, "L4")
     bounds = engine.resources(step, 6, Engine(workers=3, ground=Resources(workers=8, min_workers=2, cpus=4)), has)
     assert bounds == {"num_cpus": 4, "num_gpus": 0, "accelerator_type": None, "min_size": 2, "max_size": 8}
 

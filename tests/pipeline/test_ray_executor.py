@@ -91,6 +91,9 @@ def test_a_pool_may_shrink_at_any_time(patient: Patient, monkeypatch: pytest.Mon
     shrink = ActorPoolScalingRequest.downscale(delta=-1)
     monkeypatch.setattr(BacklogAwareActorAutoscaler, "_derive_target_scaling_config", lambda *args: shrink)
     assert patient._derive_target_scaling_config(pool(size=2), Operator(10.0), waits(0)) == shrink
+    end = ActorPoolScalingRequest.downscale(delta=-1, force=True, reason="consumed all inputs")
+    monkeypatch.setattr(BacklogAwareActorAutoscaler, "_derive_target_scaling_config", lambda *args: end)
+    assert patient._derive_target_scaling_config(pool(size=9), Operator(10.0), waits(0)).delta == -9
 
 
 def test_what_came_out_is_heard_before_what_ended_the_execution(monkeypatch: pytest.MonkeyPatch) -> None:
