@@ -198,8 +198,9 @@ def test_what_the_machine_does_not_have_is_refused(cluster: Any, world: World) -
     world.list_urls("a", world.images(5))
     with pytest.raises(EngineError, match=r"needs 2 GPUs, there are 1"):
         carry(planned(world), ground=Resources(gpus=2))
+    typed = {step: Resources(gpus=0.5, accelerator=kind) for step, kind in (("caption", "L4"), ("ground", "A100"))}
     with pytest.raises(EngineError, match=r"^ray: no node has accelerators of the type A100, L4$"):
-        carry(planned(world), caption=Resources(accelerator="L4"), ground=Resources(accelerator="A100"))
+        carry(planned(world), **typed)
 
 
 def test_what_a_cluster_does_not_have_may_yet_come(
