@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -20,7 +21,7 @@ from tests.world import World
 from vesl.models.contract import ModelError
 from vesl.pipeline import leases
 from vesl.pipeline.engines import Engine, EngineError, Event, Resources, beam, worker
-from vesl.pipeline.engines.beam_steps import through
+from vesl.pipeline.engines.beam_steps import _hints, through
 from vesl.pipeline.ingest import ingest
 from vesl.pipeline.plan import Plan, make_plan
 from vesl.pipeline.store import Store
@@ -264,6 +265,15 @@ def test_a_part_that_hangs_is_given_up_and_one_of_another_run_is_waited_for(
     leases.give_back(plan.store, [step.folder for step in plan.steps], "mine")  # as `vesl run` does at its end
     assert not list(Path(world.store).rglob("lease-*"))
     assert "engine beam has no workers of single steps: not used for caption\n" in capsys.readouterr().err
+
+
+def test_a_kind_of_accelerator_asks_for_one() -> None:
+    opens: Any = SimpleNamespace(opens_model=True)
+    opens_none: Any = SimpleNamespace(opens_model=False)
+    typed = Resources(accelerator="nvidia-l4")
+    assert _hints(opens, typed) == {"accelerator": "type:nvidia-l4;count:1;install-nvidia-driver"}
+    assert _hints(opens, Resources(gpus=1.5)) == {"accelerator": "count:2;install-nvidia-driver"}
+    assert _hints(opens_none, typed) == _hints(opens, Resources()) == {}
 
 
 def test_of_two_silent_attempts_the_one_whose_turn_it_is_with_the_model_is_blamed(
