@@ -66,10 +66,12 @@ def captioner() -> PlainCaptioner:
     """Says the alt text, unless that asks for trouble: `raise`, `kill`, `hang`, `exhaust`, `silence`.
 
     The environment makes it slow, talkative, and note what it was asked: STANDIN_WAIT_S, STANDIN_SAYS, STANDIN_LOG.
+    It waits at an alt text, for half a minute at most, until a file is there: STANDIN_HOLD="<text> until <path>".
     """
     wait_s = float(os.environ.get("STANDIN_WAIT_S", "0"))
     log = os.environ.get("STANDIN_LOG")
     says = os.environ.get("STANDIN_SAYS", "")
+    held, _, until = os.environ.get("STANDIN_HOLD", "").partition(" until ")
 
     def caption(images: Sequence[Image.Image], alt_texts: Sequence[str]) -> list[list[str]]:
         if any("kill" in text for text in alt_texts):
@@ -77,6 +79,11 @@ def captioner() -> PlainCaptioner:
             os.kill(os.getpid(), signal.SIGKILL)
         if any("hang" in text for text in alt_texts):
             time.sleep(600)
+        deadline = time.monotonic() + 30
+        while until and held in alt_texts and not os.path.exists(until):
+            time.sleep(0.05)
+            if time.monotonic() > deadline:
+                raise TimeoutError(until)
         if any("raise" in text for text in alt_texts):
             raise RuntimeError("a model that does\nnot like this")
         if len(alt_texts) > 2 and any("exhaust" in text for text in alt_texts):

@@ -205,7 +205,7 @@ def dataset(job: Job, parts: Sequence[int], engine: Engine) -> Any:
     import ray
     from ray.data import ActorPoolStrategy
 
-    from .ray_executor import WAVE, Paced
+    from .ray_executor import CALLS_AHEAD, WAVE, Paced
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     has: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
@@ -230,7 +230,7 @@ def dataset(job: Job, parts: Sequence[int], engine: Engine) -> Any:
     scaling.actor_pool_util_downscaling_threshold = 0.3 if shrinks else -1  # else one with little to do comes and goes
     for index, step in enumerate(job.steps):
         want = wants[step.name]
-        parts_at_once = 2 if step.stage.opens_model else 1  # see Operator
+        calls = CALLS_AHEAD if step.stage.opens_model else 1
         data = data.map_batches(
             type(step.name.capitalize(), (Operator,), {}),  # Ray names the operator after its class
             batch_size=None,  # a block
@@ -239,9 +239,9 @@ def dataset(job: Job, parts: Sequence[int], engine: Engine) -> Any:
             compute=ActorPoolStrategy(
                 min_size=want["min_size"],
                 max_size=want["max_size"],
-                max_tasks_in_flight_per_actor=parts_at_once,
-                max_concurrent_calls_per_actor=parts_at_once,
-                enable_true_multi_threading=parts_at_once > 1,
+                max_tasks_in_flight_per_actor=1,  # two, where one is read ahead: see Ahead
+                max_concurrent_calls_per_actor=calls,
+                enable_true_multi_threading=calls > 1,
             ),
             num_cpus=want["num_cpus"],
             accelerator_type=want["accelerator_type"],

@@ -18,14 +18,21 @@ from ray.data._internal.execution.backpressure_policy.backpressure_policy import
 from ray.data._internal.execution.interfaces import ExecutionResources
 from ray.data._internal.execution.metadata_fetcher import InlineMetadataFetcher
 from ray.data._internal.execution.operators import actor_pool_map_operator
-from ray.data._internal.execution.operators.actor_pool_map_operator import ActorPoolMapOperator
+from ray.data._internal.execution.operators.actor_pool_map_operator import (
+    ActorPoolMapOperator,
+    _MapWorker,
+    _NodeAwareActorPool,
+)
 from ray.data._internal.execution.operators.task_pool_map_operator import TaskPoolMapOperator
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from ray.data._internal.utils import cached_ray_internals
 
+from .ray_steps import READING
+
 WAVE = 500  # blocks, cut at once and waiting for a step at most: the driver holds a few kilobytes for each
 _START_S = 60.0  # of a worker, its model and the work that it keeps from others meanwhile
 _WHO_ASK_WHERE = (actor_pool_map_operator, cached_ray_internals)
+CALLS_AHEAD = 3  # at once of an actor that has two blocks, and is asked how far it is with the second
 _LOOK_S, _STEP_S = 1.0, 5.0  # for a look whether all is to end and for a step, where no task has anything to say
 
 
@@ -61,6 +68,41 @@ class Patient(BacklogAwareActorAutoscaler):
         if waiting < WAVE and waiting * each / at_once < _START_S:
             return ActorPoolScalingRequest.no_op(reason="little to do")
         return wanted
+
+
+class Worker(_MapWorker):
+    """An actor that can be asked how far it is."""
+
+    def read(self, task: int) -> None:
+        """Return once the block of this task is read."""
+        READING.wait(task)
+
+
+class Ahead(_NodeAwareActorPool):
+    """Gives an actor its second block only once it has read the first; Ray's own pool does at once.
+
+    There the second would wait for a first that is slow, also while other actors have nothing to do.
+    """
+
+    def __init__(self, op: Any) -> None:
+        pool = op._actor_pool
+        # As Ray sees it an actor is at one block: else a pool of actors that are busy with one each would not grow.
+        config = replace(pool._config, max_tasks_in_flight_per_actor=2, max_actor_concurrency=1)
+        super().__init__(op._start_actor, config, pool.map_worker_cls_name)
+        self._op, self._reading = op, dict[Any, Any]()
+
+    def on_task_submitted(self, actor: Any) -> None:
+        """Ask the actor to tell when it has read the block that it is given now."""
+        super().on_task_submitted(actor)
+        told = self._reading[actor] = actor.read.remote(self._op._next_data_task_idx)
+        self._op._submit_metadata_task(told, lambda: self._reading.get(actor) == told and self._reading.pop(actor))
+
+    def select_actors(self, bundle: Any = None, actor_locality_enabled: bool = False) -> Any:
+        """An actor that may have another block, the least busy of them; None where there is none."""
+        alive = self._alive_actors_to_in_flight_tasks_heap
+        at = {actor: self._running_actors[actor].num_tasks_in_flight for actor in alive}
+        free = [actor for actor, n in at.items() if not n or (n < 2 and actor not in self._reading)]
+        return min(free, key=at.__getitem__, default=None)
 
 
 class Fixed(ClusterAutoscaler):
@@ -124,6 +166,14 @@ def alone() -> Iterator[None]:
 
 class Executor(StreamingExecutor):
     """Ray's, but that it takes little of a core where tasks are long, and that its output need not be waited for."""
+
+    def execute(self, dag: Any, *args: Any, **options: Any) -> Any:
+        """Prepare all that is needed for the operators up to `dag`, and start."""
+        for op in dag.post_order_iter():
+            if isinstance(op, ActorPoolMapOperator) and op._ray_remote_args["max_concurrency"] == CALLS_AHEAD:
+                op._actor_pool = Ahead(op)
+                op._map_worker_cls = type(op._map_worker_cls_name, (Worker,), {})
+        return super().execute(dag, *args, **options)
 
     def start(self) -> None:
         """Begin, as `execute` has made all that is needed."""

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from threading import Lock, Semaphore
+from threading import Condition, Lock, Semaphore
 from typing import Any
 
 import pyarrow as pa
@@ -31,6 +31,7 @@ _DEATHS = 2  # of a part's worker; then the part runs in a subprocess of one
 _GIVE_UP = 8  # deaths: it is not the part's rows that kill
 _FAULTS = 3  # exceptions of a part (a store that is away, a full disk) before it is given up
 _BACKOFF_S = 1.0
+_BEGINS_S = 10.0  # a block needs less to reach its actor; one that does not come was done before the actor died
 
 # {"part": its number, "state": "" (goes on), "lost", "model" or "version", "said": JSON of [kind, step, text] each}
 Row = dict[str, Any]
@@ -46,12 +47,38 @@ def version() -> str:
     return f"{importlib.metadata.version('vesl')}+{digest.hexdigest()[:12]}"
 
 
+class Reading:
+    """How far an actor has read its blocks: the driver waits for the end of one before it hands over the next."""
+
+    def __init__(self) -> None:
+        self._read: dict[int, bool] = {}  # by the number of Ray's task
+        self._changed = Condition()
+
+    def tell(self, task: int, read: bool) -> None:
+        """Say that a block has begun, or that the last of its rows are on their way to the model."""
+        with self._changed:
+            if task in self._read or not read:  # not where the driver was told before the end
+                self._read[task] = read
+            self._changed.notify_all()
+
+    def wait(self, task: int) -> None:
+        """Return once a block is read."""
+        with self._changed:
+            self._changed.wait_for(lambda: task in self._read, _BEGINS_S)
+            self._changed.wait_for(lambda: self._read.get(task, True))
+            self._read.pop(task, None)
+
+
+READING = Reading()  # of this actor
+
+
 class Operator:
     """One step on an actor. What goes wrong with a part travels on in its row; no exception ends the pipeline.
 
-    Where a step opens a model, an actor is given two parts, in a thread each. The second waits at the gate until the
-    first is read and on its way to the model; then it is read and prepared, so that the model does not wait at the
-    border of two parts. A part that killed a worker before has the actor to itself.
+    Where a step opens a model, the next part is read and prepared while the model is at the last rows of one, so that
+    it does not wait at the border of the two. So an actor is given another block as soon as it has read one, not
+    before, as it may yet be slow while others idle; the parts of one block are done in two threads, of which one waits
+    at the gate until the other has read its part. A part that killed a worker before has the actor to itself.
     """
 
     def __init__(self, job: Job, index: int, version: str, engine: Engine) -> None:
@@ -62,18 +89,34 @@ class Operator:
         self._places, self._gate, self._turn, self._clock = Semaphore(2), Lock(), Turn(), Clock()
         self._watch, self._leases = Watch(engine, self._turn), set[str]()
         self._run, self._hang = job.run, f"hung-{job.run.rpartition('/')[2]}-"  # how a note's name begins
+        self._last: dict[int, int] = {}  # Ray's task by the last part of its block
         self._end = ""  # "model" or "version": no part can be done here
         gc.freeze()  # what was imported stays: it need not be looked through for garbage again and again
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """Do the step for the parts of a block, which is told of in the same rows."""
         rows = block.to_pylist()
-        if len(rows) > 1 and self._step.stage.opens_model:
-            with ThreadPoolExecutor(2) as pool:
-                rows = list(pool.map(self._row, rows))
-        else:
+        if not self._step.stage.opens_model:
             rows = [self._row(row) for row in rows]
+        else:
+            with self._read_by(rows[-1]["part"]), ThreadPoolExecutor(2) as pool:
+                rows = list(pool.map(self._row, rows))
         return pa.Table.from_pylist(rows, schema=block.schema)
+
+    @contextmanager
+    def _read_by(self, last: int) -> Iterator[None]:
+        """Tell of a block that begins and, unless its last part did before, that it is read at its end."""
+        from ray.data._internal.execution.interfaces import TaskContext
+
+        context = TaskContext.get_current()
+        assert context is not None
+        self._last[last] = task = context.task_idx
+        READING.tell(task, False)
+        try:
+            yield
+        finally:
+            del self._last[last]
+            READING.tell(task, True)
 
     def _row(self, row: Row) -> Row:
         if row["state"] or self._end:
@@ -129,6 +172,8 @@ class Operator:
                 self._turn.take()
                 if not held.deaths:
                     gate.close()
+                    if part in self._last:
+                        READING.tell(self._last[part], True)
 
             attempt = Attempt(on_rows=on_rows, on_key=lambda key: self._turn.close(), on_read=on_read)
             begun = time.monotonic()

@@ -21,6 +21,7 @@ from vesl.pipeline.engines import ray as engine
 from vesl.pipeline.plan import Plan
 from vesl.pipeline.run import _ingest
 from vesl.pipeline.store import wip
+from vesl.pipeline.work import Job
 
 STEPS = ("download", "caption", "phrases", "ground", "select", "pack")
 
@@ -155,6 +156,45 @@ def test_a_part_that_cannot_be_read_is_lost_and_the_others_finish_in_waves_that_
     assert sorted(done) == [("caption", 0), ("caption", 2), ("download", 0), ("download", 2)]
     assert done.index(("download", 2)) < done.index(("caption", 0))
     assert [e.step for e in events if e.kind == "open"] == ["caption"]
+
+
+def downloaded(world: World, images: int) -> tuple[Plan, Job, list[list[str]]]:
+    """A plan up to the captions, whose downloads are done, its job, and the alt texts of its parts.
+
+    The model is given one row at a time, and reads two ahead.
+    """
+    world.list_urls("a", world.images(images))
+    plan = planned(world, "steps.caption.model=tests.standins:captioner@1", until="caption")
+    job = replace(plan.job(), batch=plan.job().batch | {"caption": 1}, threads={"caption": 1})
+    local.run(replace(job, steps=job.steps[:1]), plan.todo(), Engine(workers=2), lambda event: None)
+    return plan, job, [plan.store.read_table(name, ["alt_text"])["alt_text"].to_pylist() for name in job.inputs]
+
+
+def test_a_slow_part_holds_no_other_while_an_actor_idles(cluster: Any, world: World, tmp_path: Path) -> None:
+    plan, job, texts = downloaded(world, 20)
+    [slow, *others], path, done = plan.todo(), tmp_path / "others-done", list[int]()
+
+    def listen(event: Event) -> None:
+        if (event.kind, event.step) == ("done", "caption"):
+            done.append(event.part)
+            if len(done) == len(others):
+                path.touch()
+
+    held = {"env_vars": {"STANDIN_HOLD": f"{texts[slow][0]} until {path}", "STANDIN_WAIT_S": "0.2"}}
+    caption = Resources(workers=2, min_workers=2, runtime_env=held)
+    engine.run(job, plan.todo(), Engine(kind="ray", workers=1, caption=caption), listen)
+    assert (sorted(done[:-1]), done[-1]) == (sorted(others), slow)
+
+
+def test_a_part_is_begun_while_the_model_is_at_the_last_row_of_another(cluster: Any, world: World) -> None:
+    plan, job, texts = downloaded(world, 10)
+    one, other = plan.todo()
+    begun = Path(world.store, wip(job.steps[1].table(other)))
+    caption = Resources(runtime_env={"env_vars": {"STANDIN_HOLD": f"{texts[one][-1]} until {begun}"}})
+    events: list[Event] = []
+    engine.run(job, plan.todo(), Engine(kind="ray", workers=1, caption=caption), events.append)
+    done = [(e.part, e.footer["counts"]["failed"]) for e in events if (e.kind, e.step) == ("done", "caption")]
+    assert done == [(one, {}), (other, {})]
 
 
 def test_a_model_that_cannot_be_opened_ends_the_run(cluster: Any, world: World) -> None:

@@ -14,7 +14,7 @@ import pytest
 from tests.pipeline.test_work import DOWNLOAD, Drawn, job_for
 from vesl.pipeline import leases
 from vesl.pipeline.engines import Engine, ray_steps
-from vesl.pipeline.engines.ray_steps import Operator, version
+from vesl.pipeline.engines.ray_steps import Operator, Reading, version
 from vesl.pipeline.stage import Function
 from vesl.pipeline.store import Store, to_json, wip
 from vesl.pipeline.work import Job
@@ -62,6 +62,25 @@ def test_a_part_that_waits_for_its_turn_is_not_charged_with_the_death_of_another
     waiting.join(30)
     assert job.store.exists(table)
     assert not job.store.exists(wip(table))
+
+
+def test_who_asks_whether_a_block_is_read_waits_until_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, answers = Reading(), list[str]()
+    asking = threading.Thread(target=lambda: (reading.wait(7), answers.append("read")))
+    asking.start()  # before the block is there
+    for read in (False, True):
+        reading.tell(6, read)
+    for read in (False, True):
+        time.sleep(0.2)
+        assert not answers
+        reading.tell(7, read)
+    asking.join(5)
+    assert answers == ["read"]
+    reading.wait(6)
+    reading.tell(6, True)
+    monkeypatch.setattr(ray_steps, "_BEGINS_S", 0.1)
+    reading.wait(6)  # of an actor that died since
+    assert reading._read == {}
 
 
 def test_what_an_operator_does_is_counted_once(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
