@@ -13,6 +13,7 @@ from dataclasses import replace
 from threading import Lock, Thread
 from typing import Any
 
+import pyarrow.compute as pc
 from rich.console import Console
 
 from ..transforms.captions import visible
@@ -37,7 +38,7 @@ _SAY_EVERY_S = 5.0  # of the pass that compares all images
 _INGEST = ("kept", "duplicate_url", "no_url", "malformed", "taken_down")
 _INGEST_MORE = ("no_image", "bad_hash")  # of archives, and of lists with hashes
 _JUDGED_FROM = 100  # rows of a step before its failures may end a run early
-_EXAMPLES_FROM = 20  # parts that are searched for a row to show
+_EXAMPLES, _EXAMPLES_FROM = 3, 20  # rows that are shown, and parts that are searched for them
 _KEEP_EVERY = 5000  # parts' steps done, after which footers are kept
 _KEEP_REST = 20  # times as long as that took, before it is done again: a bucket's listings take minutes
 
@@ -235,7 +236,7 @@ def _sweep(plan: Plan) -> None:
 
 
 def check_limit(plan: Plan, tally: Tally, step: str, part: int | None = None) -> None:
-    """Raise OverLimitError where more rows of a step failed than the recipe allows, with an example.
+    """Raise OverLimitError where more rows of a step failed than the recipe allows, with examples.
 
     `part` has just been done, and few rows are not judged yet; without it, it is the end, and all are. Says so where
     downloads look as if the network, and not the web, were broken.
@@ -247,24 +248,26 @@ def check_limit(plan: Plan, tally: Tally, step: str, part: int | None = None) ->
     if count.failed_fraction <= limit or (count.rows < _JUDGED_FROM and part is not None):
         return
     reasons = ", ".join(f"{name} {n}" for name, n in count.failed.most_common(3))
-    example = _example(plan, step, count.failed.most_common(1)[0][0], part)
     key = "limits.download_failed_fraction" if step == "download" else "limits.failed_fraction"
     raise OverLimitError(
-        f"{step}: {count.failed.total()} of {count.rows} rows failed ({reasons}), over {key} = {limit:g}{example}; "
+        f"{step}: {count.failed.total()} of {count.rows} rows failed ({reasons}), over {key} = {limit:g}; "
         f"see `vesl report` for the reasons, then mend the cause or raise the limit"
+        f"{_examples(plan, step, count.failed.most_common(1)[0][0], part)}"
     )
 
 
-def _example(plan: Plan, step: str, reason: str, part: int | None) -> str:
-    """What one row that failed for this reason says, in the part that was just done or in the first few."""
+def _examples(plan: Plan, step: str, reason: str, part: int | None) -> str:
+    """What a few rows that failed for this reason say, a line each, in the part that was just done or in the first."""
     [at] = [one for one in plan.steps if one.name == step]
-    parts = list(plan.done[step])[:_EXAMPLES_FROM] if part is None else [part]
-    for number in parts:
-        with suppress(OSError):  # it is only an example
-            for row in plan.store.read_table(at.table(number), ["key", "reason", "detail"]).to_pylist():
-                if row["reason"] == reason and row["detail"]:
-                    return visible(f"; such as {row['key']}: {row['detail'][:200]}")
-    return ""
+    found: list[str] = []
+    for number in list(plan.done[step])[:_EXAMPLES_FROM] if part is None else [part]:
+        with suppress(OSError):  # they are only examples
+            rows = plan.store.read_table(at.table(number), ["key", "reason", "detail"])
+            told = rows.filter((pc.field("reason") == reason) & (pc.field("detail") != "")).slice(0, _EXAMPLES)
+            found += [visible(f"{row['key']}: {row['detail'][:200]}") for row in told.to_pylist()]
+        if len(found) >= _EXAMPLES:
+            break
+    return "\n  ".join(["; such as", *found[:_EXAMPLES]]) if found else ""
 
 
 def write_index(plan: Plan) -> None:

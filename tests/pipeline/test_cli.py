@@ -86,12 +86,15 @@ def test_plan_tells_what_is_missing(world: World) -> None:
     assert lines["caption"][2:5] == ["0", "2", "yes"]
 
 
-def test_a_run_over_a_limit_shows_a_row(world: World) -> None:
-    world.list_urls("a", world.images(3, captions=dict.fromkeys(range(3), "please raise")))
+def test_a_run_over_a_limit_shows_rows(world: World) -> None:
+    world.list_urls("a", world.images(4, captions=dict.fromkeys(range(4), "please raise")))
     done = world.run("run", "--set", "steps.caption.model=tests.standins:captioner@1")
     assert done.returncode == 3
-    assert "3 of 3 rows failed (error 3), over limits.failed_fraction = 0.05; such as " in done.stderr
-    assert "RuntimeError: a model that does" in done.stderr.splitlines()[-1]
+    said, *rows = done.stderr.splitlines()[-4:]
+    assert said.startswith("vesl: caption: 4 of 4 rows failed (error 4), over limits.failed_fraction = 0.05; see `vesl")
+    assert said.endswith("; such as")
+    assert len({row.split(":")[0] for row in rows}) == 3
+    assert all(": RuntimeError: a model that does" in row for row in rows)
 
 
 def test_show_tells_a_history_and_draws(world: World, tmp_path: Path) -> None:

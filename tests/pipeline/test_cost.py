@@ -1,5 +1,6 @@
 """What `vesl plan` says of cost: its arithmetic, and that a sample leaves nothing behind."""
 
+import io
 import json
 import math
 import random
@@ -7,12 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from tests import standins
 from tests.world import World
 from vesl.pipeline.cost import Cost, Measured, costs, from_runs, long_parts, measure, seconds_per_image, student
 from vesl.pipeline.plan import Plan, make_plan
 from vesl.pipeline.recipe import RecipeError
+from vesl.pipeline.tables import print_plan
 
 
 @pytest.mark.parametrize(
@@ -77,6 +80,11 @@ def test_a_part_that_takes_long_is_warned_of(world: World) -> None:
     slow["caption"].units = [(10, 4000.0), (10, 4000.0)]
     (found,) = long_parts(plan, slow)
     assert found == ("caption", pytest.approx(800), 2)  # 4 rows a part, of which 2 are captioned, at 400 s
+    print_plan(plan, slow, Console(file=(told := io.StringIO()), width=300))
+    assert "warning: a part of caption takes one worker about 13 minutes" in told.getvalue()
+    assert "dataset.rows_per_part: 2 would take about 5" in told.getvalue()
+    print_plan(plan, steps_of(plan, download=0.5), Console(file=(told := io.StringIO()), width=300))
+    assert "warning" not in told.getvalue()
 
 
 def test_a_sample_is_timed_and_leaves_nothing_behind(world: World, tmp_path: Path) -> None:

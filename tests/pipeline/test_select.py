@@ -121,9 +121,13 @@ def test_a_rule_of_ones_own_decides_and_its_revision_is_identity(finished: World
     assert len(names) == 3
 
 
-def test_a_bad_rule_of_ones_own_ends_the_run_with_one_line(finished: World) -> None:
+def test_a_bad_rule_of_ones_own_ends_the_run_clearly(finished: World) -> None:
     for name, error, says in [
-        ("choosy", OverLimitError, r"^select: \d+ of 12 rows failed \(error \d+\), over limits\.failed_fraction.*$"),
+        (
+            "choosy",
+            OverLimitError,
+            r"^select: \d+ of 12 rows failed \(error \d+\), over limits\.failed_fraction.*; such as\n  \w+: ",
+        ),
         ("short", ModelError, r"^steps\.select\.own: .*test_select:short@1: answered with bool \[.*$"),
     ]:
         with pytest.raises(error, match=says):

@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,22 @@ def test_a_node_killed_in_the_middle_of_a_step(nodes: list[Any], world: World, s
     assert found == {name: data for name, data in want.items() if not name.endswith(("step.json", "index.json"))}
     told = [(event.step, event.part) for event in events if event.kind == "done"]
     assert sorted(told) == sorted((name, part) for name in STEPS for part in plan.parts)
+
+
+def test_a_cluster_is_joined_by_its_address_in_the_recipe(nodes: list[Any], world: World) -> None:
+    want, (cluster, *workers) = prepared(world), nodes
+    world.document["engine"] = {"kind": "ray", "address": cluster.address, "workers": 1}
+    world.write()
+    world.bare, seen = False, set[str]()
+    process = subprocess.Popen(world.command("run"), cwd=ROOT, env=world.env({}), stderr=subprocess.DEVNULL)
+    while process.poll() is None:
+        with suppress(psutil.Error):
+            seen |= {child.name() for node in workers for child in raylet(node).children()}
+            assert "raylet" not in {child.name() for child in psutil.Process(process.pid).children(recursive=True)}
+        time.sleep(0.2)
+    assert process.returncode == 0
+    assert any(name.startswith("ray::MapWo") for name in seen)
+    assert without_time(world.contents(*STEPS)) == want
 
 
 def test_the_driver_killed_and_started_again(world: World) -> None:
