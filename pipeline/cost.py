@@ -278,7 +278,7 @@ def _cost(plan: Plan, step: Step, measured: Measured, rows: float) -> Cost:
     prices, resources = plan.recipe.prices, plan.recipe.engine.of(step.name)
     pace, stored = seconds_per_image(measured.units), rows * measured.bytes_per_row
     hours = pace * (rows / 3600) if pace and rows else NOTHING
-    gpus = hours * (resources.gpus or 0.0)
+    gpus = hours * resources.gpus_each
     money = hours * ((resources.cpus or 1.0) * prices.cpu_hour) + gpus * prices.gpu_hour
     storage = stored / 1e9 * prices.storage_gb_month
     unknown = bool(rows) and pace is None and step.name != "dedup"

@@ -28,6 +28,11 @@ class Resources:
     accelerator: str | None = None  # its type: nvidia-l4 and the like on beam, L4 on ray
     memory: str | None = None  # such as 24GiB; on beam, and of dedup
 
+    @property
+    def gpus_each(self) -> float:
+        """GPUs of a worker: one, where only their type is named."""
+        return self.gpus if self.gpus is not None else float(self.accelerator is not None)
+
 
 @dataclass(frozen=True)
 class Engine:

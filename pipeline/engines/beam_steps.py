@@ -232,11 +232,11 @@ def _expand(parts: Any, work: _Work, reshuffle: bool) -> Any:
 
 def _hints(stage: Stage, resources: Resources | None) -> dict[str, str]:
     """Beam's resource hints of a step: memory, and GPUs where it opens a model. Runners on one machine ignore them."""
-    memory, gpus, kind = (getattr(resources, name, None) for name in ("memory", "gpus", "accelerator"))
-    hints = {"min_ram": str(memory)} if memory else {}
-    if (gpus or kind) and stage.opens_model:
-        kinds = [f"type:{kind}"] if kind else []
-        hints["accelerator"] = ";".join([*kinds, f"count:{math.ceil(gpus or 1)}", "install-nvidia-driver"])
+    asked = resources or Resources()
+    hints = {"min_ram": asked.memory} if asked.memory else {}
+    if asked.gpus_each and stage.opens_model:
+        kinds = [f"type:{asked.accelerator}"] if asked.accelerator else []
+        hints["accelerator"] = ";".join([*kinds, f"count:{math.ceil(asked.gpus_each)}", "install-nvidia-driver"])
     return hints
 
 

@@ -30,6 +30,7 @@ from .ray_steps import Operator, Row, version
 
 _TOGETHER, _ROWS = 64, 1000  # parts in a block and, where these are several, their rows, at most
 _BLOCKS_A_WORKER = 16  # before parts go together: enough to be shared evenly
+_LOST = ""  # in place of a step, among what was told
 _POLL_S, _SLOW_S = 0.5, 60.0  # a worker needs seconds, where there is room for it; its model comes later
 # For a cluster on this machine, where its processes and this one share the cores with the work.
 _ALONE = {
@@ -59,7 +60,7 @@ def run(job: Job, parts: Sequence[int], engine: Engine, listen: Listener) -> Non
             except _DiedError:  # an actor, again and again: on a cluster whose nodes come and go that is not the end
                 if len(told) == before:
                     raise
-                todo = [part for part in todo if (last, part) not in told]
+                todo = [part for part in todo if not {(last, part), (_LOST, part)} & told]
             todo = todo or others(waiting, listen)
 
 
@@ -192,6 +193,7 @@ def _hear(row: Row, job: Job, waiting: Waiting[int], told: set[tuple[str, int]],
                 told.add((step, row["part"]))
                 listen(Event(kind, step, row["part"], fresh=fresh, footer=footer))
         else:
+            told.update([(_LOST, row["part"])] if kind == "lost" else [])
             listen(Event(kind, step, row["part"], text=text))
 
 
@@ -275,7 +277,7 @@ def resources(step: Step, steps: int, engine: Engine, has: dict[str, float]) -> 
     for each share of a GPU): so all pools fit the cluster at once, and none can lock another out.
     """
     asked = engine.of(step.name)
-    gpus = asked.gpus if asked.gpus is not None else float(asked.accelerator is not None)
+    gpus = asked.gpus_each
     share = asked.cpus if asked.cpus is not None else int(100 / steps) / 100
     most = engine.workers or int(has.get("CPU", 1))
     if gpus and engine.workers is None:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import ray
 from ray.data._internal.actor_autoscaler import ActorPoolScalingRequest, BacklogAwareActorAutoscaler
 from ray.data._internal.cluster_autoscaler import ClusterAutoscaler
-from ray.data._internal.execution import streaming_executor
+from ray.data._internal.execution import streaming_executor, streaming_executor_state
 from ray.data._internal.execution.backpressure_policy.backpressure_policy import BackpressurePolicy
 from ray.data._internal.execution.interfaces import ExecutionResources
 from ray.data._internal.execution.metadata_fetcher import InlineMetadataFetcher
@@ -27,13 +27,12 @@ from ray.data._internal.execution.operators.task_pool_map_operator import TaskPo
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from ray.data._internal.utils import cached_ray_internals
 
-from .ray_steps import READING
-
 WAVE = 500  # blocks, cut at once and waiting for a step at most: the driver holds a few kilobytes for each
 _START_S = 60.0  # of a worker, its model and the work that it keeps from others meanwhile
 _WHO_ASK_WHERE = (actor_pool_map_operator, cached_ray_internals)
 CALLS_AHEAD = 3  # at once of an actor that has two blocks, and is asked how far it is with the second
 _LOOK_S, _STEP_S = 1.0, 5.0  # for a look whether all is to end and for a step, where no task has anything to say
+_TOGETHER_S = 0.02  # that a step waits for more tasks where one has something to say; by default a tenth of a second
 
 
 class Paced(BackpressurePolicy):
@@ -70,12 +69,16 @@ class Patient(BacklogAwareActorAutoscaler):
         return wanted
 
 
-class Worker(_MapWorker):
-    """An actor that can be asked how far it is."""
+def _asked() -> type[_MapWorker]:
+    """An actor that can be asked how far it is; sent by its code, as a worker of another version does not know it."""
 
-    def read(self, task: int) -> None:
+    def read(self: _MapWorker, task: int) -> None:
         """Return once the block of this task is read."""
+        from .ray_steps import READING
+
         READING.wait(task)
+
+    return type("Asked", (_MapWorker,), {"read": read})
 
 
 class Ahead(_NodeAwareActorPool):
@@ -172,7 +175,7 @@ class Executor(StreamingExecutor):
         for op in dag.post_order_iter():
             if isinstance(op, ActorPoolMapOperator) and op._ray_remote_args["max_concurrency"] == CALLS_AHEAD:
                 op._actor_pool = Ahead(op)
-                op._map_worker_cls = type(op._map_worker_cls_name, (Worker,), {})
+                op._map_worker_cls = type(op._map_worker_cls_name, (_asked(),), {})
         return super().execute(dag, *args, **options)
 
     def start(self) -> None:
@@ -190,7 +193,12 @@ class Executor(StreamingExecutor):
             if not ready and time.monotonic() - self._stepped < _STEP_S:
                 return True
         self._stepped = time.monotonic()
-        return super()._scheduling_loop_step(topology)
+        usual = streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S
+        streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = _TOGETHER_S
+        try:
+            return super()._scheduling_loop_step(topology)
+        finally:
+            streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = usual
 
     def starting(self) -> list[str]:
         """The steps that have no worker yet, but want one."""

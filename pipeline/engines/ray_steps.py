@@ -89,7 +89,7 @@ class Operator:
         self._places, self._gate, self._turn, self._clock = Semaphore(2), Lock(), Turn(), Clock()
         self._watch, self._leases = Watch(engine, self._turn), set[str]()
         self._run, self._hang = job.run, f"hung-{job.run.rpartition('/')[2]}-"  # how a note's name begins
-        self._last: dict[int, int] = {}  # Ray's task by the last part of its block
+        self._unread: dict[int, tuple[int, set[int]]] = {}  # by part: Ray's task, and all such parts of its block
         self._end = ""  # "model" or "version": no part can be done here
         gc.freeze()  # what was imported stays: it need not be looked through for garbage again and again
 
@@ -99,30 +99,37 @@ class Operator:
         if not self._step.stage.opens_model:
             rows = [self._row(row) for row in rows]
         else:
-            with self._read_by(rows[-1]["part"]), ThreadPoolExecutor(2) as pool:
+            self._begin({row["part"] for row in rows})
+            with ThreadPoolExecutor(2) as pool:
                 rows = list(pool.map(self._row, rows))
         return pa.Table.from_pylist(rows, schema=block.schema)
 
-    @contextmanager
-    def _read_by(self, last: int) -> Iterator[None]:
-        """Tell of a block that begins and, unless its last part did before, that it is read at its end."""
+    def _begin(self, parts: set[int]) -> None:
         from ray.data._internal.execution.interfaces import TaskContext
 
         context = TaskContext.get_current()
         assert context is not None
-        self._last[last] = task = context.task_idx
-        READING.tell(task, False)
-        try:
-            yield
-        finally:
-            del self._last[last]
-            READING.tell(task, True)
+        READING.tell(context.task_idx, False)
+        for part in parts:
+            self._unread[part] = context.task_idx, parts
+
+    def _was_read(self, part: int) -> None:
+        """Tell that a block is read, where this was the last of its parts."""
+        if block := self._unread.pop(part, None):
+            task, left = block
+            left.discard(part)
+            if not left:
+                READING.tell(task, True)
 
     def _row(self, row: Row) -> Row:
         if row["state"] or self._end:
+            self._was_read(row["part"])
             return row | {"state": row["state"] or self._end}
         said: list[tuple[str, str, str]] = []
-        state = self._carry(row["part"], lambda kind, text: said.append((kind, self._step.name, text)))
+        try:
+            state = self._carry(row["part"], lambda kind, text: said.append((kind, self._step.name, text)))
+        finally:
+            self._was_read(row["part"])
         self._end = state if state in ("model", "version") else self._end
         return {"part": row["part"], "state": state, "said": json.dumps([*json.loads(row["said"]), *said])}
 
@@ -172,8 +179,7 @@ class Operator:
                 self._turn.take()
                 if not held.deaths:
                     gate.close()
-                    if part in self._last:
-                        READING.tell(self._last[part], True)
+                    self._was_read(part)
 
             attempt = Attempt(on_rows=on_rows, on_key=lambda key: self._turn.close(), on_read=on_read)
             begun = time.monotonic()

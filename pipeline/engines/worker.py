@@ -4,7 +4,9 @@ The driver sends (thread, task), and hears (thread, kind, value) of how the task
 and, at the end, `done`, `fault`, `model` or `leased`.
 """
 
+import faulthandler
 import gc
+import math
 import multiprocessing as mp
 import os
 import signal
@@ -30,6 +32,7 @@ HANGS = 2  # attempts that took too long; then the part is given up
 DEATHS = 2  # of a part's worker, with other rows; then the part runs alone
 _TICK_S = 0.5  # how often a busy worker tells how many rows it has done
 _TELL_S = 30.0
+_STUCK_S = 60.0  # beyond a limit, where a call lets no other thread of Python have its turn
 
 
 @dataclass
@@ -107,7 +110,8 @@ class Watch:
     """Ends this process where an attempt at a step takes too long, as nothing else ends a call that hangs.
 
     The others may wait for the oldest, so their time begins at its end. Where all are silent, the one whose turn it is
-    with the model is to blame; the oldest may wait for that.
+    with the model is to blame; the oldest may wait for that. A call that keeps Python's lock (a regular expression, a
+    library's loop) stops the watching, too: for that there is a timer beyond Python, which is wound up again and again.
     """
 
     def __init__(self, engine: Engine, turn: Turn) -> None:
@@ -115,6 +119,7 @@ class Watch:
         self._attempts: dict[int, Callable[[str], None]] = {}  # by thread, in the order of their beginnings
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._wound = False
 
     def hear(self) -> None:
         """Something was finished."""
@@ -147,11 +152,21 @@ class Watch:
                 deadline, why = self._engine.deadline(self._began, self._heard)
                 if time.monotonic() > max(self._began, self._heard) + self._engine.silence_limit_s:
                     at_end = self._attempts.get(self._turn.owner, at_end)
+                self._wind(deadline if self._attempts else math.inf)
             if at_end is not None and time.monotonic() > deadline:
                 telling = threading.Thread(target=at_end, args=(why,), daemon=True)
                 telling.start()
                 telling.join(_TELL_S)  # the store may be what hangs
                 os._exit(1)
+
+    def _wind(self, deadline: float) -> None:
+        """Let the process end a while after a deadline, unless it is wound up again; no timer where there is none."""
+        if deadline < math.inf:
+            left = max(deadline - time.monotonic(), 0.0)
+            faulthandler.dump_traceback_later(left + _STUCK_S, exit=True, file=2)
+        elif self._wound:
+            faulthandler.cancel_dump_traceback_later()
+        self._wound = deadline < math.inf
 
 
 def live(job: Job, pipe: Connection, output: Connection, environment: Mapping[str, str]) -> None:

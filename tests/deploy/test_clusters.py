@@ -215,6 +215,12 @@ def test_dataflow_gets_options_that_beam_understands(world: World, tmp_path: Pat
     assert parsed["sdk_container_image"] == given["IMAGE"]
     assert parsed["max_num_workers"] == 50
     assert parsed["sdk_location"] == "container"
+    assert not {"machine_type", "experiments"} & parsed.keys()
+    done = script("dataflow.sh", folder, str(world.recipe), **given, MACHINE="n1-standard-8", ONE_PROCESS="1")
+    options = cli.parse(done.stdout.splitlines())
+    there = pipeline_options.PipelineOptions(list(load(options.recipe, options.set).engine.options))
+    more = there.get_all_options(drop_default=True)
+    assert (more["machine_type"], more["experiments"]) == ("n1-standard-8", ["no_use_multiple_sdk_containers"])
 
 
 def test_dataflow_says_what_is_not_set(tmp_path: Path) -> None:

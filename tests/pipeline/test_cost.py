@@ -66,6 +66,10 @@ def test_later_steps_pay_for_what_earlier_ones_kept(world: World) -> None:
     assert found["caption"].money.mean == pytest.approx(500 * 4 * 2 + 250 * 10 + 18e6 * 5 / 1e9 * 0.5)
     assert found["phrases"].images == pytest.approx(36e6 * 0.4)
     assert sum(found.values(), Cost()).bytes == pytest.approx(5 * 36e6 * (1 + 0.5 + 4 * 0.4))
+    typed = make_plan(world.load("engine.caption={accelerator: L4}"))
+    assert costs(typed, steps_of(typed, download=0.5, caption=0.8), 36e6)["caption"].gpu_hours.mean == pytest.approx(
+        500
+    )
     missing = costs(plan, steps_of(plan, download=0.5, caption=0.8), None)
     assert missing["download"].images == 8  # the first part, of 4 rows, is done and kept them all
     assert missing["caption"].images == pytest.approx(4 + 0.5 * 8)

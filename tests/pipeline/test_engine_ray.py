@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -232,6 +233,19 @@ def test_another_version_on_a_worker_is_refused(cluster: Any, world: World, monk
     with pytest.raises(EngineError, match=r"has vesl 0\.\d.*, the driver 99\.1: install the same on both"):
         carry(planned(world, until="download"))
     assert not Path(world.store, "download").exists()
+
+
+def test_other_code_on_the_workers_is_refused_also_where_it_does_not_know_ours(
+    cluster: Any, world: World, tmp_path: Path
+) -> None:
+    world.list_urls("a", world.images(5))
+    for name in ("models", "pipeline", "transforms"):
+        shutil.copytree(ROOT / name, tmp_path / "vesl" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "vesl/pipeline/engines/ray_executor.py").write_text("class Paced:\n    pass\n")
+    other = Resources(runtime_env={"env_vars": {"PYTHONPATH": f"{tmp_path}:{ROOT}"}})
+    plan = planned(world, "steps.caption.model=tests.standins:captioner@1", until="caption")
+    with pytest.raises(EngineError, match=r"has vesl 0\.\d.*: install the same on both"):
+        carry(plan, download=other, caption=other)
 
 
 def test_what_the_machine_does_not_have_is_refused(cluster: Any, world: World) -> None:

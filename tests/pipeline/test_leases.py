@@ -56,11 +56,15 @@ def leftovers(world: World) -> list[str]:
     return [str(path) for path in Path(world.store).rglob("*") if path.name.endswith((".wip", ".tmp"))]
 
 
-def test_two_runs_share_the_work(slow: World, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["local", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("ray", "beam"))])
+def test_two_runs_share_the_work(slow: World, tmp_path: Path, kind: str) -> None:
     alone, shared = tmp_path / "alone.txt", tmp_path / "shared.txt"
     assert start(slow, alone, 0).wait(120) == 0
     want = without_time(slow.contents(*MADE))
     os.rename(slow.store, f"{slow.store}-alone")
+    slow.document["engine"]["kind"] = kind
+    slow.write()
+    slow.bare = kind != "ray"
     runs = [start(slow, shared, 0.3) for _ in range(2)]
     said = [run.communicate(timeout=200)[1] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], said

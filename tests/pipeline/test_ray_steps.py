@@ -5,6 +5,7 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 
 from tests.pipeline.test_work import DOWNLOAD, Drawn, job_for
 from vesl.pipeline import leases
-from vesl.pipeline.engines import Engine, ray_steps
+from vesl.pipeline.engines import Engine, ray_steps, worker
 from vesl.pipeline.engines.ray_steps import Operator, Reading, version
 from vesl.pipeline.stage import Function
 from vesl.pipeline.store import Store, to_json, wip
@@ -81,6 +82,44 @@ def test_who_asks_whether_a_block_is_read_waits_until_it_is(monkeypatch: pytest.
     monkeypatch.setattr(ray_steps, "_BEGINS_S", 0.1)
     reading.wait(6)  # of an actor that died since
     assert reading._read == {}
+
+
+def test_a_block_is_read_when_each_of_its_parts_is_read_or_over(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = pytest.importorskip("ray.data._internal.execution.interfaces").TaskContext
+    monkeypatch.setattr(ray_steps, "READING", reading := Reading())
+    operator, seen = Operator(job, 0, version(), Engine(kind="ray")), list[bool]()
+    with context.current(context(task_idx=7, op_name="MapBatches(Caption)")):
+        operator._begin({0, 1, 2})
+    for part in (2, 0, 0, 1):
+        seen.append(reading._read[7])
+        operator._was_read(part)
+    assert not any(seen)
+    assert reading._read == {7: True}
+    assert not operator._unread
+
+
+def stuck() -> None:
+    """A call that lets no other thread of Python have its turn, for longer than anybody would wait."""
+    worker._STUCK_S = 0.5
+    with worker.Watch(Engine(silence_limit_s=1), worker.Turn()).over(lambda why: None):
+        time.sleep(0.8)
+        re.match(r"(a+)+$", "a" * 64 + "b")
+
+
+def done_in_time() -> None:
+    worker._STUCK_S = 0.5
+    with worker.Watch(Engine(silence_limit_s=1), worker.Turn()).over(lambda why: None):
+        time.sleep(0.8)
+    time.sleep(2.5)
+
+
+@pytest.mark.parametrize(("what", "code"), [(stuck, 1), (done_in_time, 0)])
+def test_a_worker_that_is_stuck_in_a_call_of_c_is_ended(what: Callable[[], None], code: int) -> None:
+    process = mp.get_context("spawn").Process(target=what)
+    process.start()
+    process.join(30)
+    process.kill()
+    assert process.exitcode == code
 
 
 def test_what_an_operator_does_is_counted_once(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from vesl.pipeline.plan import make_plan
 from vesl.pipeline.store import Store, StoreFault, encode_table
 
 ONCE = {"config_kwargs": {"retries": {"total_max_attempts": 1}}}  # so that it is our own tries that are seen
+KINDS = ["local", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("ray", "beam"))]
 
 
 @pytest.fixture
@@ -165,15 +166,17 @@ def in_bucket(world: World, name: str, options: dict[str, Any], endpoint: str) -
     world.write()
 
 
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_run_through_a_storm_ends_with_the_same_bytes(
-    world: World, proxy: FaultyProxy, tmp_path: Path, s3_options: dict[str, Any]
+    world: World, proxy: FaultyProxy, tmp_path: Path, s3_options: dict[str, Any], kind: str
 ) -> None:
     world.list_urls("a", world.images(6))
     assert world.run("run").returncode == 0
     want = world.contents("download", "caption", "phrases", "ground", "select", "pack")
     proxy.choose = storm(3)
     in_bucket(world, tmp_path.name, s3_options, proxy.url)
-    done = world.run("run")
+    world.bare = kind != "ray"
+    done = world.run("run", "--set", f"engine.kind={kind}")
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert sum(n for fault, n in proxy.made.items() if fault) > 20
@@ -184,9 +187,10 @@ def test_a_run_through_a_storm_ends_with_the_same_bytes(
     assert not [name for name in there if ".wip" in name]
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fault", ["503", "drop"])
 def test_a_store_that_goes_away_ends_the_run_clearly(
-    world: World, proxy: FaultyProxy, tmp_path: Path, s3_options: dict[str, Any], fault: Fault
+    world: World, proxy: FaultyProxy, tmp_path: Path, s3_options: dict[str, Any], fault: Fault, kind: str
 ) -> None:
     world.list_urls("a", world.images(10))
     in_bucket(world, tmp_path.name, {**s3_options, **ONCE}, proxy.url)
@@ -197,7 +201,8 @@ def test_a_store_that_goes_away_ends_the_run_clearly(
         )
         or (fault if away.is_set() else None)
     )
-    done = world.run("run", env={"VESL_STORE_PATIENCE_S": "2"})
+    world.bare = kind != "ray"
+    done = world.run("run", "--set", f"engine.kind={kind}", env={"VESL_STORE_PATIENCE_S": "2"})
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]

@@ -116,14 +116,15 @@ def test_a_cluster_is_joined_by_its_address_in_the_recipe(nodes: list[Any], worl
     assert without_time(world.contents(*STEPS)) == want
 
 
-def test_the_driver_killed_and_started_again(world: World) -> None:
+@pytest.mark.parametrize("step", ["download", "caption", "pack"])
+def test_the_driver_killed_and_started_again(world: World, step: str) -> None:
     want = prepared(world)
     command = [*world.command("run"), "--set", "engine.kind=ray"]
     world.bare = False
     process = subprocess.Popen(command, cwd=ROOT, env=world.env({"STANDIN_WAIT_S": "0.3"}), stderr=subprocess.DEVNULL)
-    while not list(Path(world.store).glob("caption/*/*.parquet")):
+    while not list(Path(world.store).glob(f"{step}/*/*.parquet")):
         assert process.poll() is None
-        time.sleep(0.1)
+        time.sleep(0.01)
     children = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -132,6 +133,7 @@ def test_the_driver_killed_and_started_again(world: World) -> None:
     for other in alive:  # Ray's own agents, which outlive their node for a while
         other.kill()
     assert not working
+    assert without_time(world.contents(*STEPS)) != want
     done = world.run("run", "--set", "engine.kind=ray")
     assert done.returncode == 0, done.stderr
     assert without_time(world.contents(*STEPS)) == want
