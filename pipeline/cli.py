@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 fault, 2 usage or recipe error, 3 over an error limit.
 """
 
 import argparse
+import atexit
 import os
 import sys
 from collections.abc import Sequence
@@ -80,6 +81,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit with its code."""
     options = parse(arguments)
+    atexit.register(_hush)  # the first to be registered is the last to be called
     code = 0
     try:
         code = _run(options)
@@ -90,6 +92,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     sys.exit(code)
+
+
+def _hush() -> None:
+    """Keep stderr shut while Python ends, all having been said: DuckDB counts there what threads still hold of it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _run(options: argparse.Namespace) -> int:

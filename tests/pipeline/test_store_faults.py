@@ -195,12 +195,14 @@ def test_a_store_that_goes_away_ends_the_run_clearly(
     world.list_urls("a", world.images(10))
     in_bucket(world, tmp_path.name, {**s3_options, **ONCE}, proxy.url)
     away = threading.Event()
-    proxy.choose = lambda method, path, before: (
-        (
-            away.set() if "/ground/" in path and method == "PUT" else None  # type: ignore[func-returns-value]
-        )
-        or (fault if away.is_set() else None)
-    )
+
+    def choose(method: str, path: str, before: int) -> Fault | None:
+        """Away from when a worker begins with a part of the step."""
+        if "/ground/" in path and "/part-" in path and method == "PUT":
+            away.set()
+        return fault if away.is_set() else None
+
+    proxy.choose = choose
     world.bare = kind != "ray"
     done = world.run("run", "--set", f"engine.kind={kind}", env={"VESL_STORE_PATIENCE_S": "2"})
     assert done.returncode == 1, done.stderr
