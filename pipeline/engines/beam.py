@@ -7,8 +7,9 @@ missing. Which parts a pipeline was at when it broke their leases tell; what els
 given up) they leave there as small notes, in a folder that is removed when the run ends. The steps themselves are in
 `beam_steps`.
 
-Without options Beam works in that one process: each model is open once, and a death costs the one part in flight. With
-`engine.workers` above 1, and no runner named, it works in that many processes, each with models of its own. A runner on
+Without options Beam works in that one process, where each model is open once, in a few threads: while one waits for the
+web or the disk, another is at a model. With `engine.workers`, and no options that say otherwise, it works in that many
+processes, each with models of its own and one part at a time (one: in that process, in one thread). A runner on
 a cluster (Dataflow, Flink, Spark) is chosen by its options alone, and was not run here; there a job goes on where the
 driver is killed, and its results count. A step's `workers` is not used, which the driver says. A worker process ends
 itself where a part hangs; on Beam's local runner that ends the pipeline, and the next one goes on.
@@ -44,16 +45,17 @@ from .beam_steps import NO_PART, Notes, chain
 from .follow import follow, others
 from .worker import HANGS
 
+_THREADS = 3  # of a pipeline in one process
 _DEATHS = 2  # pipelines that ended with the part in flight; then it runs alone, as on engine `local`
 _OUTPUT_BYTES = 1 << 20  # of the log of Beam and all its workers
 _CANCEL_S = 30.0  # for a cluster to take note that its job is cancelled
 
 
 def _flags(engine: Engine) -> list[str]:
-    options = list(getattr(engine, "options", ()))
-    if (engine.workers or 1) > 1 and not any(option.startswith("--runner") for option in options):
-        options = ["--direct_running_mode=multi_processing", f"--direct_num_workers={engine.workers}", *options]
-    return options
+    mode, count = ("multi_threading", _THREADS) if engine.workers is None else ("multi_processing", engine.workers)
+    if count == 1 or any(option.startswith(("--runner", "--direct")) for option in engine.options):
+        return list(engine.options)
+    return [f"--direct_running_mode={mode}", f"--direct_num_workers={count}", *engine.options]
 
 
 def _submit(job: Job, parts: Sequence[int], engine: Engine, notes: Notes, pipe: Connection, output: str) -> None:

@@ -24,6 +24,7 @@ from vesl.pipeline.engines import Engine, EngineError, Event, Resources, beam, w
 from vesl.pipeline.engines.beam_steps import _hints, through
 from vesl.pipeline.ingest import ingest
 from vesl.pipeline.plan import Plan, make_plan
+from vesl.pipeline.run import _ingest
 from vesl.pipeline.store import Store
 
 MADE = ("caption", "phrases", "ground", "select", "pack")
@@ -110,6 +111,41 @@ def test_same_bytes_as_the_local_engine(made: World, mode: str, request: pytest.
     assert {step for step, _ in of(events, "open")} == {"caption", "phrases", "ground"}
     assert not of(events, "retry") + of(events, "lost")
     assert not list((Path(made.store) / "runs").glob(".beam-*"))
+
+
+def test_how_many_threads_and_processes() -> None:
+    threads = ["--direct_running_mode=multi_threading", "--direct_num_workers=3"]
+    assert beam._flags(BeamEngine()) == threads
+    assert beam._flags(BeamEngine(options=("--job_name=x",))) == [*threads, "--job_name=x"]
+    assert beam._flags(BeamEngine(workers=1)) == []
+    several = ["--direct_running_mode=multi_processing", "--direct_num_workers=4"]
+    assert beam._flags(BeamEngine(workers=4)) == several
+    for own in ("--runner=DataflowRunner", "--direct_running_mode=in_memory"):
+        assert beam._flags(BeamEngine(workers=4, options=(own,))) == [own]
+
+
+def test_in_one_process_a_step_of_one_part_goes_on_while_another_part_waits_for_the_web(world: World) -> None:
+    world.list_urls("a", world.images(15))
+    plan, asked, events = _ingest(world.load(), "caption"), list[int](), list[Event]()
+
+    def wait_for_a_caption(part: int, peer: Any, image: Any) -> None:
+        """In the part that is asked for first; longer than anybody waits for an image."""
+        asked.append(part)
+        deadline = time.monotonic() + 20
+        while asked[0] == part and not list(Path(world.store).glob("caption/*/*.parquet")):
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.05)
+        image(peer)
+
+    for part, name in enumerate(plan.job().inputs):
+        for url in plan.store.read_table(name, ["url"])["url"].to_pylist():
+            path = url.removeprefix(world.server.url)
+            image = world.server._paths[path]
+            world.server.add(path, lambda peer, part=part, image=image: wait_for_a_caption(part, peer, image))
+    beam.run(plan.job(), plan.todo(), BeamEngine(), events.append)
+    counts = [event.footer["counts"] for event in events if (event.kind, event.step) == ("done", "download")]
+    assert counts == [{"kept": 5, "rejected": {}, "failed": {}}] * 3
 
 
 def test_the_steps_in_a_pipeline_of_ones_own(made: World) -> None:
