@@ -68,6 +68,7 @@ def _submit(job: Job, parts: Sequence[int], engine: Engine, notes: Notes, pipe: 
     threading.Thread(target=_end_with_driver, daemon=True).start()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     threading.excepthook = lambda args: _on_thread_end(args, pipe)
+    sys.setswitchinterval(0.0005)  # else a thread that did a little at the disk waits longer for its turn than it took
     if (engine.workers or 1) > 1:
         for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):  # else each takes every core
             os.environ.setdefault(name, str(max(1, (os.cpu_count() or 1) // (engine.workers or 1))))
