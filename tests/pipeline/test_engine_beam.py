@@ -318,6 +318,7 @@ def test_of_two_silent_attempts_the_one_whose_turn_it_is_with_the_model_is_blame
     blamed, over, ended = SimpleQueue[str](), threading.Event(), threading.Event()
     monkeypatch.setattr(worker, "_TICK_S", 0.05)
     monkeypatch.setattr(worker.os, "_exit", lambda code: ended.set() or threading.Event().wait())
+    monkeypatch.setattr(worker.Watch, "_wind", lambda *_: None)  # nobody would wind it up again
     turn = worker.Turn()
     watch = worker.Watch(Engine(silence_limit_s=0.5), turn)
 
