@@ -252,7 +252,9 @@ def test_parts_are_read_until_every_labelled_image_is_found(world: World, monkey
         assert gather(plan, parse_labels(labels_of(some))).images == len(some)
         parts = {history["part"] for history in some}
         assert len(read) == len(parts)
-        assert len(looked) - len(read) == (max(parts) // 2 + 1) * 2
+        # Up to the last that was needed, and none beyond those that are looked into together; which of these were begun
+        # when the search ended is the threads' affair.
+        assert max(parts) < len(looked) - len(read) <= (max(parts) // 2 + 1) * 2
 
 
 def test_before_anything_is_grounded_it_says_so(world: World) -> None:
