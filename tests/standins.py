@@ -63,7 +63,7 @@ def _detections(image: Image.Image, phrases: Sequence[str], score_floor: float) 
 
 
 def captioner() -> PlainCaptioner:
-    """Says the alt text, unless that asks for trouble: `raise`, `kill`, `hang`, `exhaust`, `silence`.
+    """Says the alt text, unless that asks for trouble: `raise`, `kill`, `freeze`, `hang`, `exhaust`, `silence`.
 
     The environment makes it slow, talkative, and note what it was asked: STANDIN_WAIT_S, STANDIN_SAYS, STANDIN_LOG.
     It waits at an alt text, for half a minute at most, until a file is there: STANDIN_HOLD="<text> until <path>".
@@ -77,6 +77,8 @@ def captioner() -> PlainCaptioner:
         if any("kill" in text for text in alt_texts):
             os.write(2, b"some library: assertion failed\n")
             os.kill(os.getpid(), signal.SIGKILL)
+        if any("freeze" in text for text in alt_texts):
+            os.kill(os.getpid(), signal.SIGSTOP)
         if any("hang" in text for text in alt_texts):
             time.sleep(600)
         deadline = time.monotonic() + 30

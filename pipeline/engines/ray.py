@@ -13,9 +13,11 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -50,13 +52,13 @@ def run(job: Job, parts: Sequence[int], engine: Engine, listen: Listener) -> Non
     """
     told: set[tuple[str, int]] = set()
     job = replace(job, run=job.run or uuid.uuid4().hex)  # a worker's death is told by its lease
-    waiting = Waiting[int](job.store, job.run)
+    waiting, sick = Waiting[int](job.store, job.run), set[str]()
     last, todo = job.steps[-1].name, list(parts)
     with _cluster(engine):
         while todo:
             before = len(told)
             try:
-                todo = _carry(job, todo, engine, waiting, told, listen)
+                todo = _carry(job, todo, engine, waiting, told, sick, listen)
             except _DiedError:  # an actor, again and again: on a cluster whose nodes come and go that is not the end
                 if len(told) == before:
                     raise
@@ -119,16 +121,18 @@ def _carry(
     engine: Engine,
     waiting: Waiting[int],
     told: set[tuple[str, int]],
+    sick: set[str],
     listen: Listener,
 ) -> list[int]:
     """Carry the parts through the chain once, as far as they go; whatever `listen` raises ends the work at once.
 
-    Return the parts that another run left meanwhile: its silence counts from when a worker met its lease.
+    Return the parts that are to go on in the next round: those that another run left meanwhile (its silence counts from
+    when a worker met its lease), and those that hung on one of the nodes that became `sick` thereby.
     """
     from .ray_executor import Executor
 
-    data = dataset(job, parts, engine)
-    executor = Executor(data.context, data.get_dataset_id())
+    data = dataset(job, parts, engine, frozenset(sick))
+    executor = Executor(data.context, data.get_dataset_id(), engine.silence_limit_s)
     left: list[int] = []
     slow_at = time.monotonic() + _SLOW_S
 
@@ -146,8 +150,12 @@ def _carry(
             why = "the cluster has nothing free for it, or it cannot start there (Ray's own logs say why)"
             print(f"vesl: ray: {', '.join(steps)}: still without a worker: {why}", file=sys.stderr)
             slow_at = math.inf
+        for name in executor.killed():
+            why = f"gave no sign of life in engine.silence_limit_s = {engine.silence_limit_s:g}, so it was ended"
+            print(f"vesl: ray: a worker of {name} {why}", file=sys.stderr)
         for row in rows():
-            _hear(row, job, waiting, told, listen)
+            left.extend([row["part"]] * (row["state"] == "elsewhere"))
+            _hear(row, job, waiting, told, sick, listen)
         left.extend(waiting.free())
         return going
 
@@ -175,7 +183,9 @@ def _ended(error: Exception) -> EngineError:
     return kind(f"ray: {type(error).__name__}: {text.strip().splitlines()[-1] if text else ''}")
 
 
-def _hear(row: Row, job: Job, waiting: Waiting[int], told: set[tuple[str, int]], listen: Listener) -> None:
+def _hear(
+    row: Row, job: Job, waiting: Waiting[int], told: set[tuple[str, int]], sick: set[str], listen: Listener
+) -> None:
     """Tell what a row has to say of its part."""
     for kind, step, text in json.loads(row["said"]):
         if kind == "model":
@@ -184,6 +194,8 @@ def _hear(row: Row, job: Job, waiting: Waiting[int], told: set[tuple[str, int]],
             raise EngineError(text)
         if kind == "leased":
             waiting.add(text, row["part"])
+        elif kind == "sick":
+            sick.add(text)
         elif kind in ("spent", "open"):
             seconds, rows = text.split()
             listen(Event(kind, step, row["part"], rows=int(rows), seconds=float(seconds)))
@@ -197,25 +209,30 @@ def _hear(row: Row, job: Job, waiting: Waiting[int], told: set[tuple[str, int]],
             listen(Event(kind, step, row["part"], text=text))
 
 
-def dataset(job: Job, parts: Sequence[int], engine: Engine) -> Any:
+def dataset(job: Job, parts: Sequence[int], engine: Engine, sick: frozenset[str] = frozenset()) -> Any:
     """The chain as a `ray.data.Dataset` of one row a part, for the cluster that this process is in; nothing runs yet.
 
     The parts come in waves of many blocks, which are cut one after the other as the steps take them: so the driver's
     memory stays flat, and the actors go from one wave on to the next without a pause.
+    Where there is enough without the nodes `sick`, no actor comes up on these.
     Raises EngineError where there is not what one actor for each step needs; a cluster with an address may yet grow.
     """
     import ray
     from ray.data import ActorPoolStrategy
 
-    from .ray_executor import CALLS_AHEAD, WAVE, Paced
+    from .ray_executor import CALLS, CALLS_AHEAD, WAVE, Paced
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    has: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
+    enough = partial(_enough, nodes, job, engine)
+    shunned = sick if enough(sick) else frozenset()
+    has = _without(nodes, shunned)
     wants = {step.name: resources(step, len(job.steps), engine, has) for step in job.steps}
     if lacks := _lacks(wants, has):
         if not engine.address and "RAY_ADDRESS" not in os.environ:
             raise EngineError(f"ray: {lacks}")
         print(f"vesl: ray: {lacks}; waiting until the cluster has them", file=sys.stderr)
+    apart = frozenset(node for node in nodes.keys() - sick if enough(sick | {node}))
     job = replace(job, workers={name: want["max_size"] for name, want in wants.items()})
     together = _together(len(parts), max(want["max_size"] for want in wants.values()), job.rows)
     waves = [parts[first : first + WAVE * together] for first in range(0, len(parts), WAVE * together)]
@@ -232,18 +249,18 @@ def dataset(job: Job, parts: Sequence[int], engine: Engine) -> Any:
     scaling.actor_pool_util_downscaling_threshold = 0.3 if shrinks else -1  # else one with little to do comes and goes
     for index, step in enumerate(job.steps):
         want = wants[step.name]
-        calls = CALLS_AHEAD if step.stage.opens_model else 1
+        calls = CALLS_AHEAD if step.stage.opens_model else CALLS
         data = data.map_batches(
             type(step.name.capitalize(), (Operator,), {}),  # Ray names the operator after its class
             batch_size=None,  # a block
             batch_format="pyarrow",
-            fn_constructor_args=(job, index, version(), engine),
+            fn_constructor_args=(job, index, version(), engine, apart),
             compute=ActorPoolStrategy(
                 min_size=want["min_size"],
                 max_size=want["max_size"],
                 max_tasks_in_flight_per_actor=1,  # two, where one is read ahead: see Ahead
                 max_concurrent_calls_per_actor=calls,
-                enable_true_multi_threading=calls > 1,
+                enable_true_multi_threading=True,
             ),
             num_cpus=want["num_cpus"],
             accelerator_type=want["accelerator_type"],
@@ -251,7 +268,23 @@ def dataset(job: Job, parts: Sequence[int], engine: Engine) -> Any:
         )
         if want["num_gpus"]:  # with which `map_batches` wants a number of rows to a batch, as if parts were rows
             data._logical_plan.dag.ray_remote_args["num_gpus"] = want["num_gpus"]
+        if shunned:
+            data._logical_plan.dag.ray_remote_args["label_selector"] = {"ray.io/node-id": f"!in({','.join(shunned)})"}
     return data
+
+
+def _without(nodes: Mapping[str, Mapping[str, float]], shunned: Collection[str]) -> dict[str, float]:
+    """What the other nodes have together."""
+    has = Counter[str]()
+    for node in nodes.keys() - shunned:
+        has.update(nodes[node])
+    return dict(has)
+
+
+def _enough(nodes: Mapping[str, Mapping[str, float]], job: Job, engine: Engine, shunned: Collection[str]) -> bool:
+    """Whether there is an actor's place for each step without these nodes."""
+    has = _without(nodes, shunned)
+    return not _lacks({step.name: resources(step, len(job.steps), engine, has) for step in job.steps}, has)
 
 
 def _lacks(wants: Mapping[str, Mapping[str, Any]], has: Mapping[str, float]) -> str:

@@ -4,9 +4,10 @@ Built on its classes as they are in the pinned version of Ray; imported where Ra
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from queue import SimpleQueue
 from typing import Any, cast
 
 import pyarrow as pa
@@ -30,7 +31,8 @@ from ray.data._internal.utils import cached_ray_internals
 WAVE = 500  # blocks, cut at once and waiting for a step at most: the driver holds a few kilobytes for each
 _START_S = 60.0  # of a worker, its model and the work that it keeps from others meanwhile
 _WHO_ASK_WHERE = (actor_pool_map_operator, cached_ray_internals)
-CALLS_AHEAD = 3  # at once of an actor that has two blocks, and is asked how far it is with the second
+CALLS, CALLS_AHEAD = 2, 4  # at once of an actor: a block, or two and how far it is with one; and whether it lives
+_LOOKS = 8  # that may find no sign of life, in the time that an actor may be silent: time alone may stand still
 _LOOK_S, _STEP_S = 1.0, 5.0  # for a look whether all is to end and for a step, where no task has anything to say
 _TOGETHER_S = 0.02  # that a step waits for more tasks where one has something to say; by default a tenth of a second
 
@@ -70,7 +72,10 @@ class Patient(BacklogAwareActorAutoscaler):
 
 
 def _asked() -> type[_MapWorker]:
-    """An actor that can be asked how far it is; sent by its code, as a worker of another version does not know it."""
+    """An actor that can be asked how it is; sent by its code, as a worker of another version does not know it."""
+
+    def lives(self: _MapWorker) -> None:
+        """Answer, whatever its other threads are at."""
 
     def read(self: _MapWorker, task: int) -> None:
         """Return once the block of this task is read."""
@@ -78,7 +83,7 @@ def _asked() -> type[_MapWorker]:
 
         READING.wait(task)
 
-    return type("Asked", (_MapWorker,), {"read": read})
+    return type("Asked", (_MapWorker,), {"lives": lives, "read": read})
 
 
 class Ahead(_NodeAwareActorPool):
@@ -88,10 +93,8 @@ class Ahead(_NodeAwareActorPool):
     """
 
     def __init__(self, op: Any) -> None:
-        pool = op._actor_pool
-        # As Ray sees it an actor is at one block: else a pool of actors that are busy with one each would not grow.
-        config = replace(pool._config, max_tasks_in_flight_per_actor=2, max_actor_concurrency=1)
-        super().__init__(op._start_actor, config, pool.map_worker_cls_name)
+        config = replace(op._actor_pool._config, max_tasks_in_flight_per_actor=2)
+        super().__init__(op._start_actor, config, op._actor_pool.map_worker_cls_name)
         self._op, self._reading = op, dict[Any, Any]()
 
     def on_task_submitted(self, actor: Any) -> None:
@@ -168,14 +171,28 @@ def alone() -> Iterator[None]:
 
 
 class Executor(StreamingExecutor):
-    """Ray's, but that it takes little of a core where tasks are long, and that its output need not be waited for."""
+    """Ray's, but that it takes little of a core where tasks are long, and that its output need not be waited for.
+
+    And that it kills an actor that is silent for `silence_limit_s`, which Ray then starts again: one whose process is
+    stopped or frozen, which Ray does not notice. (Where a whole node is, Ray does.)
+    """
+
+    def __init__(self, context: Any, name: str, silence_limit_s: float) -> None:
+        super().__init__(context, name)
+        self._look_s, self._look_at = silence_limit_s / _LOOKS, 0.0
+        self._signs: dict[Any, tuple[Any, int]] = {}  # by actor: what it was asked, and looks that found no answer
+        self._killed = SimpleQueue[str]()
 
     def execute(self, dag: Any, *args: Any, **options: Any) -> Any:
         """Prepare all that is needed for the operators up to `dag`, and start."""
         for op in dag.post_order_iter():
-            if isinstance(op, ActorPoolMapOperator) and op._ray_remote_args["max_concurrency"] == CALLS_AHEAD:
-                op._actor_pool = Ahead(op)
+            if isinstance(op, ActorPoolMapOperator):
                 op._map_worker_cls = type(op._map_worker_cls_name, (_asked(),), {})
+                pool = op._actor_pool
+                # As Ray sees it an actor is at one block: else a pool of actors that are busy with one would not grow.
+                pool._config = replace(pool._config, max_actor_concurrency=1)
+                if op._ray_remote_args["max_concurrency"] == CALLS_AHEAD:
+                    op._actor_pool = Ahead(op)
         return super().execute(dag, *args, **options)
 
     def start(self) -> None:
@@ -187,6 +204,7 @@ class Executor(StreamingExecutor):
         super().start()
 
     def _scheduling_loop_step(self, topology: Any) -> bool:
+        self._look_after([op for op in topology if isinstance(op, ActorPoolMapOperator)])
         under_way = [task.get_waitable() for op in topology for task in op.get_active_tasks()]
         if under_way:  # Ray's own step, dear as it is, goes round ten times a second
             ready, _ = ray.wait(under_way, timeout=_LOOK_S, fetch_local=False)
@@ -200,12 +218,35 @@ class Executor(StreamingExecutor):
         finally:
             streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = usual
 
+    def _look_after(self, steps: Sequence[Any]) -> None:
+        """Ask every actor for a sign of life, now and then; kill those that owe theirs for too long."""
+        if (now := time.monotonic()) < self._look_at:
+            return
+        self._look_at, before, self._signs = now + self._look_s, self._signs, {}
+        owed = [sign for sign, _ in before.values()]
+        given = set(ray.wait(owed, num_returns=len(owed), timeout=0, fetch_local=False)[0]) if owed else ()
+        for op in steps:
+            for actor, state in op._actor_pool._running_actors.items():
+                sign, looks = before.get(actor, (None, 0))
+                if state.is_restarting:
+                    continue
+                if sign is None or sign in given:
+                    self._signs[actor] = actor.lives.remote(), 1
+                elif looks < _LOOKS:
+                    self._signs[actor] = sign, looks + 1
+                else:
+                    ray.kill(actor, no_restart=False)
+                    self._killed.put(_step_of(op))
+
+    def killed(self) -> list[str]:
+        """The steps of the actors that were killed as they were silent, since the last call."""
+        return [self._killed.get() for _ in range(self._killed.qsize())]
+
     def starting(self) -> list[str]:
         """The steps that have no worker yet, but want one."""
         steps: list[Any] = [op for op in self._topology or () if isinstance(op, ActorPoolMapOperator)]
-        pools = [(op.name, op._actor_pool) for op in steps]
-        none = [name for name, pool in pools if pool.num_pending_actors() and not pool.num_running_actors()]
-        return [name.partition("(")[2].rstrip(")").lower() for name in none]  # of MapBatches(Ground)
+        pools = [(op, op._actor_pool) for op in steps]
+        return [_step_of(op) for op, pool in pools if pool.num_pending_actors() and not pool.num_running_actors()]
 
     def output(self) -> Iterator[pa.Table]:
         """The blocks that have come out since the last call. Then raises what ended the execution, if anything did."""
@@ -218,3 +259,9 @@ class Executor(StreamingExecutor):
             raise state._exception
         if not (alive or state._finished):
             raise RuntimeError("the executor's thread ended")
+
+
+def _step_of(op: Any) -> str:
+    """The name of an operator's step: ground, of MapBatches(Ground)."""
+    name: str = op.name
+    return name.partition("(")[2].rstrip(")").lower()

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -33,7 +34,8 @@ _FAULTS = 3  # exceptions of a part (a store that is away, a full disk) before i
 _BACKOFF_S = 1.0
 _BEGINS_S = 10.0  # a block needs less to reach its actor; one that does not come was done before the actor died
 
-# {"part": its number, "state": "" (goes on), "lost", "model" or "version", "said": JSON of [kind, step, text] each}
+# {"part": its number, "state": "" (goes on), or why it does not: "lost", "leased" (to another run), "elsewhere" (as it
+# hung on this node), "model" or "version", "said": JSON of [kind, step, text] each}
 Row = dict[str, Any]
 
 
@@ -72,6 +74,12 @@ class Reading:
 READING = Reading()  # of this actor
 
 
+def _node() -> str:
+    """Ray's name of the node that this process is on; empty where it is not Ray's."""
+    ray = sys.modules.get("ray")
+    return ray.get_runtime_context().get_node_id() if ray and ray.is_initialized() else ""
+
+
 class Operator:
     """One step on an actor. What goes wrong with a part travels on in its row; no exception ends the pipeline.
 
@@ -81,9 +89,10 @@ class Operator:
     at the gate until the other has read its part. A part that killed a worker before has the actor to itself.
     """
 
-    def __init__(self, job: Job, index: int, version: str, engine: Engine) -> None:
+    def __init__(self, job: Job, index: int, version: str, engine: Engine, apart: frozenset[str] = frozenset()) -> None:
         self._job, self._index, self._wanted = replace(job, run=""), index, version  # the leases are taken here
         self._step, self._engine = job.steps[index], engine
+        self._node, self._apart = _node(), apart  # the nodes beside which there are others for what hung there
         self._function: Function | None = None
         self._opening = 0.0
         self._places, self._gate, self._turn, self._clock = Semaphore(2), Lock(), Turn(), Clock()
@@ -165,8 +174,8 @@ class Operator:
         gate = ExitStack()
         gate.enter_context(self._gate)
         with gate, closing(self._turn), self._lease(store, table) as held:
-            if self._before(store, wip(table), held.deaths, say):
-                return "lost"
+            if end := self._before(store, wip(table), held.deaths, say):
+                return end
             if held.deaths >= _DEATHS:
                 return self._alone(part, say)
             counts: list[int] = []
@@ -198,17 +207,20 @@ class Operator:
             say("done", json.dumps([fresh, footer]))
             return ""
 
-    def _before(self, store: Store, folder: str, deaths: int, say: Callable[[str, str], None]) -> bool:
-        """Tell what became of earlier attempts; whether the part is given up for it."""
+    def _before(self, store: Store, folder: str, deaths: int, say: Callable[[str, str], None]) -> str:
+        """Tell what became of earlier attempts; the row's new state where there is to be none here."""
         if hangs := store.names(folder, self._hang):
-            why = store.read(f"{folder}/{hangs[-1]}").decode()
+            why, node = json.loads(store.read(f"{folder}/{hangs[-1]}"))
+            if len(hangs) < HANGS and node == self._node and node in self._apart:
+                say("sick", node)
+                return "elsewhere"
             say("retry", why)  # also before the end: the attempt that could have said so hung too
             if len(hangs) >= HANGS:
                 say("lost", f"{why}, {len(hangs)} times")
-                return True
+                return "lost"
         if deaths:
             say("retry" if deaths < _GIVE_UP else "lost", f"the worker died, {deaths} times in this run")
-        return deaths >= _GIVE_UP
+        return "lost" if deaths >= _GIVE_UP else ""
 
     @contextmanager
     def _lease(self, store: Store, table: str) -> Iterator[Held]:
@@ -224,7 +236,7 @@ class Operator:
 
     def _hung(self, store: Store, folder: str, why: str) -> None:
         """Before this process is ended for a part that hangs: that is the fault of no other, and no death."""
-        store.claim(f"{folder}/{self._hang}{time.time_ns()}", why.encode())
+        store.claim(f"{folder}/{self._hang}{time.time_ns()}", json.dumps([why, self._node]).encode())
         for name in list(self._leases):
             store.remove(name)
 

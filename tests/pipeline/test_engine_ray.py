@@ -382,6 +382,24 @@ def test_a_part_that_hangs_is_given_up_and_one_of_another_run_is_waited_for(
     assert not list(Path(world.store).rglob("lease-*"))
 
 
+@pytest.mark.slow
+def test_a_part_that_freezes_its_worker_is_given_up_and_the_rest_is_done(
+    cluster: Any, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing in the worker can end it then, and Ray does not notice."""
+    world.list_urls("a", world.images(10, captions={4: "freeze"}))
+    world.document["steps"]["caption"]["model"] = "tests.standins:captioner@1"
+    world.write()
+    events = carry(planned(world, until="caption"), silence_limit_s=4)
+    told = [(event.kind, event.text) for event in events if event.step == "caption" and event.kind in ("retry", "lost")]
+    why = "no batch was finished in engine.silence_limit_s = 4, so its worker was ended"
+    assert told == [("retry", "the worker died, 2 times in this run"), ("retry", why), ("lost", f"{why}, 2 times")]
+    assert [event.kind for event in events if event.step == "caption" and event.kind == "done"] == ["done"]
+    line = "vesl: ray: a worker of caption gave no sign of life in engine.silence_limit_s = 4, so it was ended\n"
+    assert capsys.readouterr().err.endswith(line * 2)
+    assert not [process for process in psutil.Process().children(recursive=True) if process.status() == "stopped"]
+
+
 def test_parts_travel_together_where_they_are_many_and_small() -> None:
     small = ((1, 2, 0), (40, 2, 5), (200, 2, 10), (2000, 2, 0), (10**6, 64, 10), (10**6, 4000, 10))
     assert [engine._together(*of) for of in small] == [1, 1, 6, 62, 64, 15]

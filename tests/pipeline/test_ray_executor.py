@@ -1,5 +1,6 @@
 """How Ray Data's executor is paced: what makes a pool grow, and what an executor waits for."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -143,13 +144,56 @@ def test_a_step_waits_until_a_task_has_something_to_say(monkeypatch: pytest.Monk
     monkeypatch.setattr(Executor, "shutdown", lambda self, force: None)  # when it is let go
     executor = Executor.__new__(Executor)
     executor._data_context, executor._topology = SimpleNamespace(autoscaling_config=None), {}  # type: ignore[assignment]
-    executor._resource_manager = None
+    executor._resource_manager, executor._look_at = None, math.inf
     executor.start()
     assert executor._scheduling_loop_step([SimpleNamespace(get_active_tasks=list)])
     assert happened == ["step"]
     for _ in range(10):
         assert executor._scheduling_loop_step(steps)
     assert happened[1:] == ["wait"] * 4 + ["step"] + ["wait"] * 5 + ["step", "wait"]
+
+
+class Actor:
+    """Is asked to give signs of life, and gives them or not."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.asked, self.lives, self.state = name, 0, self, SimpleNamespace(is_restarting=False)
+
+    def remote(self) -> str:
+        self.asked += 1
+        return f"{self.name} {self.asked}"
+
+
+def test_an_actor_that_gives_no_sign_of_life_is_killed(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    well, frozen, restarting, ended = Actor("well"), Actor("frozen"), Actor("restarting"), list[str]()
+    restarting.state.is_restarting = True
+
+    def wait(refs: list[str], *, num_returns: int, timeout: float, fetch_local: bool) -> tuple[list[str], list[str]]:
+        assert (num_returns, timeout) == (len(refs), 0)
+        return [ref for ref in refs if not ref.startswith("frozen")], []
+
+    def kill(actor: Actor, no_restart: bool) -> None:
+        assert not no_restart
+        ended.append(actor.name)
+
+    monkeypatch.setattr(ray_executor.ray, "wait", wait)
+    monkeypatch.setattr(ray_executor.ray, "kill", kill)
+    monkeypatch.setattr(StreamingExecutor, "__init__", lambda *args: None)
+    monkeypatch.setattr(Executor, "shutdown", lambda self, force: None)  # when it is let go
+    executor, step = Executor(None, "", 80.0), Step("Caption", 0, 3)
+    step._actor_pool._running_actors = {actor: actor.state for actor in (well, frozen, restarting)}
+    clock.sleep(3600)  # a machine that stood still has not waited
+    for look in range(9):
+        assert executor.killed() == ended == []
+        executor._look_after([step])
+        clock.sleep(9.9)
+        executor._look_after([step])  # too early
+        clock.sleep(500.0 if look == 3 else 0.1)
+    assert ended == ["frozen"]
+    assert executor.killed() == ["caption"]
+    assert (well.asked, frozen.asked, restarting.asked) == (9, 1, 0)
+    executor._look_after([step])  # Ray starts it again
+    assert (well.asked, frozen.asked, restarting.asked) == (10, 2, 0)
 
 
 class Step(ActorPoolMapOperator):

@@ -1,5 +1,6 @@
 """A step's operator on Ray, without Ray: what its leases say of deaths, what it counts, which code it is."""
 
+import json
 import multiprocessing as mp
 import re
 import sys
@@ -63,6 +64,40 @@ def test_a_part_that_waits_for_its_turn_is_not_charged_with_the_death_of_another
     waiting.join(30)
     assert job.store.exists(table)
     assert not job.store.exists(wip(table))
+
+
+def test_a_part_that_hung_on_a_node_goes_to_another_where_there_is_one(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, made = job.steps[0].table(0), "no batch was finished in time"
+
+    def carried(node: str, apart: set[str], run: str = "runs/mine") -> tuple[str, list[list[str]]]:
+        monkeypatch.setattr(ray_steps, "_node", lambda: node)
+        operator = Operator(replace(job, run=run), 0, version(), Engine(kind="ray"), frozenset(apart))
+        if run == "ended":
+            operator._hung(job.store, wip(table), made)
+        (row,) = operator(BLOCK).to_pylist()
+        return row["state"], [said for said in json.loads(row["said"]) if said[0] in ("sick", "retry", "lost")]
+
+    assert carried("a", {"a", "b"}, "ended") == ("elsewhere", [["sick", "download", "a"]])
+    assert not job.store.names(wip(table), "lease-")
+    assert not job.store.exists(table)
+    assert carried("a", {"b"}, "ended") == (
+        "lost",
+        [["retry", "download", made], ["lost", "download", f"{made}, 2 times"]],
+    )
+    assert carried("b", {"a", "b"}, "other") == ("", [])  # these are another run's hangs
+    assert job.store.exists(table)
+
+
+@pytest.mark.parametrize(("node", "apart"), [("a", set()), ("b", {"a", "b"})])
+def test_a_part_that_hung_is_tried_again(job: Job, monkeypatch: pytest.MonkeyPatch, node: str, apart: set[str]) -> None:
+    monkeypatch.setattr(ray_steps, "_node", lambda: "a")
+    Operator(job, 0, version(), Engine(kind="ray"))._hung(job.store, wip(job.steps[0].table(0)), "no batch in time")
+    monkeypatch.setattr(ray_steps, "_node", lambda: node)
+    (row,) = Operator(job, 0, version(), Engine(kind="ray"), frozenset(apart))(BLOCK).to_pylist()
+    assert (row["state"], json.loads(row["said"])[0]) == ("", ["retry", "download", "no batch in time"])
+    assert job.store.exists(job.steps[0].table(0))
 
 
 def test_who_asks_whether_a_block_is_read_waits_until_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
