@@ -21,13 +21,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from .journal import beating, is_dead, sign
+from .journal import beating, is_dead, is_here, sign
 from .store import Store, wip
 
 T = TypeVar("T")
 SILENT_S = 120.0  # that a lease may stay unchanged
 POLL_S = 2.0  # between two looks at the leases of other runs
 _BEAT_S = 15.0
+_LOOKS = 8  # in the time that a worker of this run may be silent
+_LEAST_S = 4 * _BEAT_S  # which is no shorter than this
 _LEASE = re.compile(r"lease-(\d{5,})")
 _READERS = 16
 _TRIES = 5  # to be the first
@@ -137,12 +139,9 @@ def _fell(signed: Mapping[str, Any], run: str) -> bool:
     return bool(signed.get("run") == run) and not signed.get("claimed")
 
 
-def give_back(store: Store, folders: Iterable[str], run: str) -> list[str]:
-    """Remove the leases that a run still has below these folders: of workers that died, or that it ended.
-
-    Return the tables that these were at work on.
-    """
-    every, fell = list(folders), list[str]()
+def _of_run(store: Store, folders: Iterable[str], run: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """The newest leases below these folders that are of a run: table, number, and what is signed."""
+    every = list(folders)
     with ThreadPoolExecutor(_READERS) as pool:  # a bucket's listings take long
         listed = list(pool.map(lambda folder: store.names(folder, "part-"), every))
     for folder, names in zip(every, listed, strict=True):
@@ -152,9 +151,51 @@ def give_back(store: Store, folders: Iterable[str], run: str) -> list[str]:
                 continue
             signed = _read(store, table, number)
             if signed.get("run") == run:
-                fell += [table] if _fell(signed, run) else []
-                _release(store, table, number)
+                yield table, number, signed
+
+
+def give_back(store: Store, folders: Iterable[str], run: str) -> list[str]:
+    """Remove the leases that a run still has below these folders: of workers that died, or that it ended.
+
+    Return the tables that these were at work on.
+    """
+    fell = list[str]()
+    for table, number, signed in _of_run(store, folders, run):
+        fell += [table] if _fell(signed, run) else []
+        _release(store, table, number)
     return fell
+
+
+class Silence:
+    """Watches whether a run's workers on this machine still count in their leases: a process that is frozen does not.
+
+    It looks several times in the time that one may be silent, as time alone may pass where nobody can do anything.
+    """
+
+    def __init__(self, store: Store, folders: Iterable[str], run: str, limit_s: float) -> None:
+        self._store, self._folders, self._run = store, tuple(folders), run
+        self.limit_s, self._looked = max(limit_s, _LEAST_S), time.monotonic()
+        self._seen: dict[str, tuple[Any, int]] = {}  # by table: its lease, and how many looks found it like that
+        self._idle, self._met = 0, False  # looks that found none; whether there was any
+
+    def is_long(self) -> bool:
+        """Whether one has been silent for too long; or all have, as nobody has been at work on anything for as long."""
+        if time.monotonic() - self._looked < self.limit_s / _LOOKS:
+            return False
+        try:
+            found = list(_of_run(self._store, self._folders, self._run))
+        except OSError:  # a store that is away, for the workers too
+            found, self._seen, self._idle = [], {}, -1
+        self._looked, before, self._seen = time.monotonic(), self._seen, {}
+        for table, number, signed in found:
+            if not is_here(signed) or is_dead(signed):
+                continue
+            same, looks = before.get(table, (None, 0))
+            looks = looks + 1 if same == (number, signed) else 1
+            self._seen[table] = (number, signed), looks
+        self._met = self._met or bool(self._seen)
+        self._idle = 0 if self._seen else self._idle + 1
+        return any(looks > _LOOKS for _, looks in self._seen.values()) or (self._met and self._idle > _LOOKS)
 
 
 class Waiting(Generic[T]):

@@ -35,7 +35,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from ...models.contract import ModelError
-from ..leases import Waiting, give_back
+from ..leases import Silence, Waiting, give_back
 from ..listing import part_of
 from ..stage import Placed
 from ..store import Store
@@ -216,6 +216,8 @@ class _Driver:
         process.start()
         theirs.close()
         said: list[tuple[str, str]] = []
+        folders = [step.folder for step in self.job.steps]
+        silence = Silence(self.store, folders, self.job.run, self.engine.silence_limit_s)
 
         def going() -> bool:
             self._read_notes()
@@ -230,6 +232,9 @@ class _Driver:
                 said.append(("died", f"the pipeline's process died (exit code {process.exitcode}{words})"))
             if os.fstat(output.fileno()).st_size > _OUTPUT_BYTES:
                 output.truncate(0)
+            if _going(said) and silence.is_long():
+                limit = f"in {silence.limit_s:g} s (engine.silence_limit_s)"
+                said.append(("silent", f"a worker gave no sign of life {limit}, so the pipeline was ended"))
             return _going(said)
 
         try:

@@ -42,10 +42,10 @@ class Gpus(Resources):
     memory: str = "24GiB"
 
 
-def carry(world: World, *options: str, until: str | None = None, workers: int | None = None) -> list[Event]:
+def carry(world: World, *options: str, until: str | None = None, **limits: Any) -> list[Event]:
     """Run the engine on what is missing; return the events."""
     plan, events = make_plan(world.load(), until), []
-    engine = BeamEngine(workers=workers, options=options)
+    engine = BeamEngine(options=options, **limits)
     beam.run(plan.job(), plan.todo(), engine, events.append)
     return events
 

@@ -1,12 +1,13 @@
 """Runs that share a store: each part is done once, by whoever is there; what a dead run held is taken over."""
 
+import math
 import os
 import random
 import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,57 @@ def test_what_a_run_still_has_at_its_end_is_given_back(store: Store) -> None:
     give_back(store, ["caption/0123456789ab", "no/such"], "mine")
     assert store.names(wip(TABLE)) == ["00000000-00000002.parquet"]
     assert store.names(wip(other)) == ["lease-00000"]
+
+
+def test_workers_of_this_machine_that_do_not_count_any_more_are_silent(store: Store) -> None:
+    name, other = f"{wip(TABLE)}/lease-00000", TABLE.replace("00003", "00001")
+    silence, mine = leases.Silence(store, ["caption/0123456789ab"], "mine", 60.0), leases._sign("mine")
+    assert silence.limit_s == 60
+
+    def looks(count: int) -> list[bool]:
+        answers = []
+        for _ in range(count):
+            silence._looked = -math.inf
+            answers.append(silence.is_long())
+        return answers
+
+    def write(name: str, **signed: object) -> None:
+        store.replace(name, to_json(mine | signed))
+
+    assert not any(looks(20))  # nobody has begun
+    for beats in range(20):
+        write(name, beats=beats)
+        assert looks(1) == [False]
+    assert looks(8) == [False] * 7 + [True]
+    assert not silence.is_long()  # it is not time to look
+    write(name, beats=21)
+    assert not any(looks(8))
+    for signed in ({"run": "another"}, {"machine": "another", "host": "another"}, {"pid": 2**22 + 1}):
+        silence._met = False
+        write(name, **signed)
+        assert not any(looks(20))
+    write(f"{wip(other)}/lease-00000")
+    for beats in range(8):
+        write(name, beats=beats)
+        assert looks(1) == [False]
+    assert looks(1) == [True]
+    for table in (TABLE, other):
+        store.remove(f"{wip(table)}/lease-00000")
+    assert looks(9) == [False] * 8 + [True]  # nobody begins anything
+
+
+def test_while_the_store_is_away_nobody_is_silent(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.create(f"{wip(TABLE)}/lease-00000", to_json(leases._sign("mine")))
+    silence, usual = leases.Silence(store, ["caption/0123456789ab"], "mine", 1.0), leases._of_run
+    assert silence.limit_s == leases._LEAST_S
+
+    def away(*_: object) -> Iterator[tuple[str, int, dict[str, Any]]]:
+        raise ConnectionError
+
+    for look in range(60):
+        monkeypatch.setattr(leases, "_of_run", away if look % 8 == 7 or look > 40 else usual)
+        silence._looked = -math.inf
+        assert not silence.is_long()
 
 
 def test_a_half_written_lease_is_no_reason_to_fail(tmp_path: Path) -> None:
