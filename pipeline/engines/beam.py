@@ -20,6 +20,7 @@ import io
 import json
 import multiprocessing as mp
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -47,7 +48,7 @@ from .worker import HANGS
 
 _THREADS = 3  # of a pipeline in one process
 _DEATHS = 2  # pipelines that ended with the part in flight; then it runs alone, as on engine `local`
-_OUTPUT_BYTES = 1 << 20  # of the log of Beam and all its workers
+_OUTPUT, _OUTPUT_BYTES = "output", 1 << 20  # the log of Beam and all its workers
 _CANCEL_S = 30.0  # for a cluster to take note that its job is cancelled
 
 
@@ -58,14 +59,14 @@ def _flags(engine: Engine) -> list[str]:
     return [f"--direct_running_mode={mode}", f"--direct_num_workers={count}", *engine.options]
 
 
-def _submit(job: Job, parts: Sequence[int], engine: Engine, notes: Notes, pipe: Connection, output: str) -> None:
+def _submit(job: Job, parts: Sequence[int], engine: Engine, notes: Notes, pipe: Connection, folder: str) -> None:
     """The life of the pipeline's process: one message `running` once the job can be cancelled, one how it ended."""
-    with open(output, "ab") as file:  # appending goes on where the driver cuts it
-        os.unlink(output)
+    with open(f"{folder}/{_OUTPUT}", "ab") as file:  # appending goes on where the driver cuts it
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
+    os.environ["TMPDIR"] = tempfile.tempdir = folder  # Beam leaves a few folders behind
     os.setsid()  # a group, so that Beam's worker processes end with this one
-    threading.Thread(target=_end_with_driver, daemon=True).start()
+    threading.Thread(target=_end_with_driver, args=(folder,), daemon=True).start()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     threading.excepthook = lambda args: _on_thread_end(args, pipe)
     sys.setswitchinterval(0.0005)  # else a thread that did a little at the disk waits longer for its turn than it took
@@ -106,10 +107,11 @@ def _on_thread_end(args: Any, pipe: Connection) -> None:
         pipe.send(("failed", f"a worker process died: {args.exc_value}"))
 
 
-def _end_with_driver() -> None:
+def _end_with_driver(folder: str) -> None:
     parent = mp.parent_process()
     if parent is not None:
         wait([parent.sentinel])
+        shutil.rmtree(folder, ignore_errors=True)
         os.killpg(0, signal.SIGKILL)
 
 
@@ -210,8 +212,9 @@ class _Driver:
         """Run one pipeline to its end, however it ends; return what was wrong with it."""
         context = mp.get_context("spawn")
         ours, theirs = context.Pipe()
-        output = tempfile.NamedTemporaryFile(prefix="vesl-beam-", delete=False)  # noqa: SIM115  (the child unlinks it)
-        arguments = (self.job, parts, self.engine, notes, theirs, output.name)
+        folder = tempfile.mkdtemp(prefix="vesl-beam-")
+        output = open(f"{folder}/{_OUTPUT}", "w+b")  # noqa: SIM115  (closed at the end, whatever happens)
+        arguments = (self.job, parts, self.engine, notes, theirs, folder)
         process = context.Process(target=_submit, args=arguments, daemon=True)
         process.start()
         theirs.close()
@@ -251,6 +254,7 @@ class _Driver:
             process.kill()
             process.join()
             output.close()
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def run(job: Job, parts: Sequence[int], engine: Engine, listen: Listener) -> None:

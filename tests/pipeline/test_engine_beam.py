@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -98,7 +99,11 @@ def portable(address: str) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("mode", ["in-process", pytest.param("multi_processing", marks=pytest.mark.slow), "portable"])
-def test_same_bytes_as_the_local_engine(made: World, mode: str, request: pytest.FixtureRequest) -> None:
+def test_same_bytes_as_the_local_engine(
+    made: World, mode: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     want = tables(made, "download", *MADE)
     forget(made, *MADE)
     if mode == "portable":
@@ -108,6 +113,7 @@ def test_same_bytes_as_the_local_engine(made: World, mode: str, request: pytest.
     assert tables(made, "download", *MADE) == want
     assert sorted(of(events, "done")) == sorted((step, part) for step in ("download", *MADE) for part in range(3))
     assert {event.step for event in events if event.kind == "done" and not event.fresh} == {"download"}
+    assert not list(tmp_path.iterdir())
     assert {step for step, _ in of(events, "open")} == {"caption", "phrases", "ground"}
     assert not of(events, "retry") + of(events, "lost")
     assert not list((Path(made.store) / "runs").glob(".beam-*"))

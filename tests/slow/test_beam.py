@@ -117,10 +117,11 @@ def test_a_worker_process_killed_in_each_step(world: World, step: str) -> None:
 
 @pytest.mark.parametrize("options", [(), MULTI], ids=["in-process", "multi_processing"])
 @pytest.mark.parametrize("step", ["caption", "ground", "pack"])
-def test_the_driver_killed_and_started_again(world: World, options: tuple[str, ...], step: str) -> None:
-    want = ready(world)
+def test_the_driver_killed_and_started_again(world: World, options: tuple[str, ...], step: str, tmp_path: Path) -> None:
+    want, temporary = ready(world), tmp_path / "temporary"
     command = [sys.executable, "-c", DRIVER, str(world.recipe), *options]
-    env = world.env({"STANDIN_WAIT_S": "0.3"})
+    temporary.mkdir()
+    env = world.env({"STANDIN_WAIT_S": "0.3", "TMPDIR": str(temporary)})
     driver = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list(Path(world.store).glob(f"{step}/*/part-*")):
         assert driver.poll() is None
@@ -130,6 +131,7 @@ def test_the_driver_killed_and_started_again(world: World, options: tuple[str, .
     driver.wait()
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
+    assert not list(temporary.iterdir())
     assert tables(world, "pack") != {name: data for name, data in want.items() if name.startswith("pack")}
     subprocess.run(command, cwd=ROOT, env=world.env(), check=True, timeout=280)
     assert tables(world, "download", *MADE) == want
