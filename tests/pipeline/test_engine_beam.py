@@ -102,14 +102,12 @@ def portable(address: str) -> tuple[str, ...]:
 def test_same_bytes_as_the_local_engine(
     made: World, mode: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    options = portable(request.getfixturevalue("job_service")) if mode == "portable" else ()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     want = tables(made, "download", *MADE)
     forget(made, *MADE)
-    if mode == "portable":
-        events = carry(made, *portable(request.getfixturevalue("job_service")))
-    else:
-        events = carry(made, workers=2 if mode == "multi_processing" else None)
+    events = carry(made, *options, workers=2 if mode == "multi_processing" else None)
     assert tables(made, "download", *MADE) == want
     assert sorted(of(events, "done")) == sorted((step, part) for step in ("download", *MADE) for part in range(3))
     assert {event.step for event in events if event.kind == "done" and not event.fresh} == {"download"}
