@@ -12,7 +12,8 @@ web or the disk, another is at a model. With `engine.workers`, and no options th
 processes, each with models of its own and one part at a time (one: in that process, in one thread). A runner on
 a cluster (Dataflow, Flink, Spark) is chosen by its options alone, and was not run here; there a job goes on where the
 driver is killed, and its results count. A step's `workers` is not used, which the driver says. A worker process ends
-itself where a part hangs; on Beam's local runner that ends the pipeline, and the next one goes on.
+itself where a part hangs; on Beam's local runner that ends the pipeline, and the next one goes on. So does the driver
+with the pipeline of a worker that is frozen, which only its lease tells, and only of workers on this machine.
 """
 
 # mypy: allow-untyped-calls
