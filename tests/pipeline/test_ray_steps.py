@@ -114,6 +114,7 @@ def test_who_asks_whether_a_block_is_read_waits_until_it_is(monkeypatch: pytest.
     assert answers == ["read"]
     reading.wait(6)
     reading.tell(6, True)
+    assert reading._read == {}  # nobody will ask again
     monkeypatch.setattr(ray_steps, "_BEGINS_S", 0.1)
     reading.wait(6)  # of an actor that died since
     assert reading._read == {}
