@@ -187,7 +187,11 @@ def test_a_slow_part_holds_no_other_while_an_actor_idles(cluster: Any, world: Wo
     assert (sorted(done[:-1]), done[-1]) == (sorted(others), slow)
 
 
-def test_a_part_is_begun_while_the_model_is_at_the_last_row_of_another(cluster: Any, world: World) -> None:
+@pytest.mark.parametrize("together", [1, 2])  # in one block
+def test_a_part_is_begun_while_the_model_is_at_the_last_row_of_another(
+    cluster: Any, world: World, monkeypatch: pytest.MonkeyPatch, together: int
+) -> None:
+    monkeypatch.setattr(engine, "_together", lambda *_: together)
     plan, job, texts = downloaded(world, 10)
     one, other = plan.todo()
     begun = Path(world.store, wip(job.steps[1].table(other)))
