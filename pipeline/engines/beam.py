@@ -136,6 +136,7 @@ class _Driver:
     left: list[int] = field(default_factory=list)  # by another run, that waited for it
     hangs: Counter[tuple[int, int]] = field(default_factory=Counter)
     deaths: Counter[tuple[int, int]] = field(default_factory=Counter)
+    silent: set[str] = field(default_factory=set)  # tables of the worker for which the last pipeline was ended
 
     def __post_init__(self) -> None:
         self.waiting = Waiting[int](self.store, self.job.run)
@@ -177,9 +178,13 @@ class _Driver:
         return bool(names)
 
     def _suspects(self) -> list[tuple[int, int]]:
-        """What a pipeline was at when it broke, as its leases tell: steps and parts that did not run alone yet."""
+        """What a pipeline was at when it broke, as its leases tell: steps and parts that did not run alone yet.
+
+        Where it was ended for a worker that was silent, what that one was at.
+        """
         at = {step.folder: index for index, step in enumerate(self.job.steps)}
-        left = [table.rpartition("/") for table in give_back(self.store, at, self.job.run)]
+        tables, silent, self.silent = give_back(self.store, at, self.job.run), self.silent, set()
+        left = [table.rpartition("/") for table in tables if not silent or table in silent]
         found = {(at[folder], part) for folder, _, name in left if (part := part_of(name)) is not None}
         return sorted(place for place in found if self.deaths[place] < _DEATHS and place[1] not in self.lost)
 
@@ -236,8 +241,9 @@ class _Driver:
                 said.append(("died", f"the pipeline's process died (exit code {process.exitcode}{words})"))
             if os.fstat(output.fileno()).st_size > _OUTPUT_BYTES:
                 output.truncate(0)
-            if _going(said) and silence.is_long():
-                limit = f"in {silence.limit_s:g} s (engine.silence_limit_s)"
+            if _going(said) and (tables := silence.broken()) is not None:
+                self.silent = set(tables)
+                limit = f"in {silence.limit_s:g} s (engine.silence_limit_s; 60 at least)"
                 said.append(("silent", f"a worker gave no sign of life {limit}, so the pipeline was ended"))
             return _going(said)
 
@@ -246,7 +252,8 @@ class _Driver:
             self._read_notes()  # its last ones
             return said[-1][1] or None
         finally:
-            if said and said[-1][0] == "running":  # on a cluster, where ending this process does not end the job
+            how = said[-1][0] if said else ""
+            if how in ("running", "silent"):  # on a cluster, where ending this process does not end the job
                 process.terminate()
                 process.join(_CANCEL_S)
             assert process.pid

@@ -14,10 +14,9 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -52,17 +51,21 @@ def run(job: Job, parts: Sequence[int], engine: Engine, listen: Listener) -> Non
     """
     told: set[tuple[str, int]] = set()
     job = replace(job, run=job.run or uuid.uuid4().hex)  # a worker's death is told by its lease
-    waiting, sick = Waiting[int](job.store, job.run), set[str]()
+    waiting, hung, shunned = Waiting[int](job.store, job.run), dict[int, str](), frozenset[str]()
     last, todo = job.steps[-1].name, list(parts)
     with _cluster(engine):
         while todo:
             before = len(told)
             try:
-                todo = _carry(job, todo, engine, waiting, told, sick, listen)
+                todo = _carry(job, todo, engine, waiting, told, hung, shunned, listen)
             except _DiedError:  # an actor, again and again: on a cluster whose nodes come and go that is not the end
                 if len(told) == before:
                     raise
-                todo = [part for part in todo if not {(last, part), (_LOST, part)} & told]
+                todo = [part for part in todo if not {(last, part), (_LOST, part)} & told and part not in hung]
+            shunned = frozenset()
+            if hung and not todo:
+                todo, shunned = list(hung), frozenset(hung.values())
+                hung.clear()
             todo = todo or others(waiting, listen)
 
 
@@ -121,17 +124,18 @@ def _carry(
     engine: Engine,
     waiting: Waiting[int],
     told: set[tuple[str, int]],
-    sick: set[str],
+    hung: dict[int, str],
+    shunned: frozenset[str],
     listen: Listener,
 ) -> list[int]:
     """Carry the parts through the chain once, as far as they go; whatever `listen` raises ends the work at once.
 
-    Return the parts that are to go on in the next round: those that another run left meanwhile (its silence counts from
-    when a worker met its lease), and those that hung on one of the nodes that became `sick` thereby.
+    Return the parts that another run left meanwhile: its silence counts from when a worker met its lease. Those that
+    hung are noted in `hung`, with their nodes, for a round in which these nodes are `shunned`.
     """
     from .ray_executor import Executor
 
-    data = dataset(job, parts, engine, frozenset(sick))
+    data = dataset(job, parts, engine, shunned)
     executor = Executor(data.context, data.get_dataset_id(), engine.silence_limit_s)
     left: list[int] = []
     slow_at = time.monotonic() + _SLOW_S
@@ -154,8 +158,7 @@ def _carry(
             why = f"gave no sign of life in engine.silence_limit_s = {engine.silence_limit_s:g}, so it was ended"
             print(f"vesl: ray: a worker of {name} {why}", file=sys.stderr)
         for row in rows():
-            left.extend([row["part"]] * (row["state"] == "elsewhere"))
-            _hear(row, job, waiting, told, sick, listen)
+            _hear(row, job, waiting, told, hung, listen)
         left.extend(waiting.free())
         return going
 
@@ -177,14 +180,14 @@ def _ended(error: Exception) -> EngineError:
     from ray.exceptions import ActorDiedError
 
     text = str(error)
-    if "No module named 'vesl" in text:
-        text = f"a worker cannot import vesl: install vesl {version()} on every node"
+    if "No module named 'vesl" in text or "Operator.__init__() takes" in text:
+        return EngineError(f"ray: a worker has another vesl or none: install vesl {version()} on every node")
     kind = _DiedError if isinstance(error, ActorDiedError) else EngineError
     return kind(f"ray: {type(error).__name__}: {text.strip().splitlines()[-1] if text else ''}")
 
 
 def _hear(
-    row: Row, job: Job, waiting: Waiting[int], told: set[tuple[str, int]], sick: set[str], listen: Listener
+    row: Row, job: Job, waiting: Waiting[int], told: set[tuple[str, int]], hung: dict[int, str], listen: Listener
 ) -> None:
     """Tell what a row has to say of its part."""
     for kind, step, text in json.loads(row["said"]):
@@ -194,8 +197,8 @@ def _hear(
             raise EngineError(text)
         if kind == "leased":
             waiting.add(text, row["part"])
-        elif kind == "sick":
-            sick.add(text)
+        elif kind == "elsewhere":
+            hung[row["part"]] = text
         elif kind in ("spent", "open"):
             seconds, rows = text.split()
             listen(Event(kind, step, row["part"], rows=int(rows), seconds=float(seconds)))
@@ -209,12 +212,12 @@ def _hear(
             listen(Event(kind, step, row["part"], text=text))
 
 
-def dataset(job: Job, parts: Sequence[int], engine: Engine, sick: frozenset[str] = frozenset()) -> Any:
+def dataset(job: Job, parts: Sequence[int], engine: Engine, shunned: frozenset[str] = frozenset()) -> Any:
     """The chain as a `ray.data.Dataset` of one row a part, for the cluster that this process is in; nothing runs yet.
 
     The parts come in waves of many blocks, which are cut one after the other as the steps take them: so the driver's
     memory stays flat, and the actors go from one wave on to the next without a pause.
-    Where there is enough without the nodes `sick`, no actor comes up on these.
+    No actor comes up on the nodes `shunned`, but for those that the chain cannot do without.
     Raises EngineError where there is not what one actor for each step needs; a cluster with an address may yet grow.
     """
     import ray
@@ -224,15 +227,16 @@ def dataset(job: Job, parts: Sequence[int], engine: Engine, sick: frozenset[str]
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
-    enough = partial(_enough, nodes, job, engine)
-    shunned = sick if enough(sick) else frozenset()
-    has = _without(nodes, shunned)
+    stay = shunned | _needed(nodes, job, engine)
+    for node in shunned & nodes.keys():
+        if node not in _needed(nodes, job, engine):
+            del nodes[node]
+    has = _total(nodes)
     wants = {step.name: resources(step, len(job.steps), engine, has) for step in job.steps}
     if lacks := _lacks(wants, has):
         if not engine.address and "RAY_ADDRESS" not in os.environ:
             raise EngineError(f"ray: {lacks}")
         print(f"vesl: ray: {lacks}; waiting until the cluster has them", file=sys.stderr)
-    apart = frozenset(node for node in nodes.keys() - sick if enough(sick | {node}))
     job = replace(job, workers={name: want["max_size"] for name, want in wants.items()})
     together = _together(len(parts), max(want["max_size"] for want in wants.values()), job.rows)
     waves = [parts[first : first + WAVE * together] for first in range(0, len(parts), WAVE * together)]
@@ -254,7 +258,7 @@ def dataset(job: Job, parts: Sequence[int], engine: Engine, sick: frozenset[str]
             type(step.name.capitalize(), (Operator,), {}),  # Ray names the operator after its class
             batch_size=None,  # a block
             batch_format="pyarrow",
-            fn_constructor_args=(job, index, version(), engine, apart),
+            fn_constructor_args=(job, index, version(), engine, stay),
             compute=ActorPoolStrategy(
                 min_size=want["min_size"],
                 max_size=want["max_size"],
@@ -268,23 +272,35 @@ def dataset(job: Job, parts: Sequence[int], engine: Engine, sick: frozenset[str]
         )
         if want["num_gpus"]:  # with which `map_batches` wants a number of rows to a batch, as if parts were rows
             data._logical_plan.dag.ray_remote_args["num_gpus"] = want["num_gpus"]
-        if shunned:
-            data._logical_plan.dag.ray_remote_args["label_selector"] = {"ray.io/node-id": f"!in({','.join(shunned)})"}
+        if away := ",".join(shunned - nodes.keys()):
+            data._logical_plan.dag.ray_remote_args["label_selector"] = {"ray.io/node-id": f"!in({away})"}
     return data
 
 
-def _without(nodes: Mapping[str, Mapping[str, float]], shunned: Collection[str]) -> dict[str, float]:
-    """What the other nodes have together."""
-    has = Counter[str]()
-    for node in nodes.keys() - shunned:
-        has.update(nodes[node])
-    return dict(has)
+def _total(nodes: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    total = Counter[str]()
+    for node in nodes.values():
+        total.update(node)
+    return dict(total)
 
 
-def _enough(nodes: Mapping[str, Mapping[str, float]], job: Job, engine: Engine, shunned: Collection[str]) -> bool:
-    """Whether there is an actor's place for each step without these nodes."""
-    has = _without(nodes, shunned)
-    return not _lacks({step.name: resources(step, len(job.steps), engine, has) for step in job.steps}, has)
+def _needed(nodes: Mapping[str, Mapping[str, float]], job: Job, engine: Engine) -> frozenset[str]:
+    """The nodes of which the chain can do without none: together the others have too little, or no place for a step."""
+    has, steps = _total(nodes), list[dict[str, float]]()
+    for step in job.steps:
+        want = resources(step, len(job.steps), engine, has)
+        kind = {f"accelerator_type:{want['accelerator_type']}": 1e-3} if want["accelerator_type"] else {}
+        steps.append({"CPU": want["num_cpus"], "GPU": want["num_gpus"], **kind})
+    places = [
+        {name for name, node in nodes.items() if all(node.get(what, 0) >= n for what, n in step.items())}
+        for step in steps
+    ]
+    return frozenset(
+        name
+        for name, node in nodes.items()
+        if any(place <= {name} for place in places)
+        or any(has.get(what, 0) - node.get(what, 0) < sum(step[what] for step in steps) for what in ("CPU", "GPU"))
+    )
 
 
 def _lacks(wants: Mapping[str, Mapping[str, Any]], has: Mapping[str, float]) -> str:

@@ -180,7 +180,7 @@ class Executor(StreamingExecutor):
     def __init__(self, context: Any, name: str, silence_limit_s: float) -> None:
         super().__init__(context, name)
         self._look_s, self._look_at = silence_limit_s / _LOOKS, 0.0
-        self._signs: dict[Any, tuple[Any, int]] = {}  # by actor: what it was asked, and looks that found no answer
+        self._signs: dict[Any, tuple[Any, int]] = {}  # by actor's id: what it was asked, and looks without an answer
         self._killed = SimpleQueue[str]()
 
     def execute(self, dag: Any, *args: Any, **options: Any) -> Any:
@@ -227,13 +227,14 @@ class Executor(StreamingExecutor):
         given = set(ray.wait(owed, num_returns=len(owed), timeout=0, fetch_local=False)[0]) if owed else ()
         for op in steps:
             for actor, state in op._actor_pool._running_actors.items():
-                sign, looks = before.get(actor, (None, 0))
+                name = actor._actor_id  # who holds the actor itself keeps it from ending
+                sign, looks = before.get(name, (None, 0))
                 if state.is_restarting:
                     continue
                 if sign is None or sign in given:
-                    self._signs[actor] = actor.lives.remote(), 1
+                    self._signs[name] = actor.lives.remote(), 1
                 elif looks < _LOOKS:
-                    self._signs[actor] = sign, looks + 1
+                    self._signs[name] = sign, looks + 1
                 else:
                     ray.kill(actor, no_restart=False)
                     self._killed.put(_step_of(op))

@@ -89,10 +89,10 @@ class Operator:
     at the gate until the other has read its part. A part that killed a worker before has the actor to itself.
     """
 
-    def __init__(self, job: Job, index: int, version: str, engine: Engine, apart: frozenset[str] = frozenset()) -> None:
+    def __init__(self, job: Job, index: int, version: str, engine: Engine, stay: frozenset[str] = frozenset()) -> None:
         self._job, self._index, self._wanted = replace(job, run=""), index, version  # the leases are taken here
         self._step, self._engine = job.steps[index], engine
-        self._node, self._apart = _node(), apart  # the nodes beside which there are others for what hung there
+        self._node, self._stay = _node(), stay  # the nodes on which a part that hung is tried again
         self._function: Function | None = None
         self._opening = 0.0
         self._places, self._gate, self._turn, self._clock = Semaphore(2), Lock(), Turn(), Clock()
@@ -211,8 +211,8 @@ class Operator:
         """Tell what became of earlier attempts; the row's new state where there is to be none here."""
         if hangs := store.names(folder, self._hang):
             why, node = json.loads(store.read(f"{folder}/{hangs[-1]}"))
-            if len(hangs) < HANGS and node == self._node and node in self._apart:
-                say("sick", node)
+            if len(hangs) < HANGS and node == self._node and node not in self._stay:
+                say("elsewhere", node)
                 return "elsewhere"
             say("retry", why)  # also before the end: the attempt that could have said so hung too
             if len(hangs) >= HANGS:

@@ -19,7 +19,7 @@ from vesl.models.contract import ModelError
 from vesl.pipeline import leases
 from vesl.pipeline.engines import Engine, EngineError, Event, Resources, local, ray_steps
 from vesl.pipeline.engines import ray as engine
-from vesl.pipeline.plan import Plan
+from vesl.pipeline.plan import Plan, make_plan
 from vesl.pipeline.run import _ingest
 from vesl.pipeline.store import wip
 from vesl.pipeline.work import Job
@@ -239,16 +239,26 @@ def test_another_version_on_a_worker_is_refused(cluster: Any, world: World, monk
     assert not Path(world.store, "download").exists()
 
 
+@pytest.mark.parametrize(
+    ("knows", "says"),
+    [
+        (", stay: frozenset[str] = frozenset()", r"has vesl 0\.\d.*: install the same on both"),
+        ("", "a worker has another vesl or none: install vesl 0"),
+    ],
+)
 def test_other_code_on_the_workers_is_refused_also_where_it_does_not_know_ours(
-    cluster: Any, world: World, tmp_path: Path
+    cluster: Any, world: World, tmp_path: Path, knows: str, says: str
 ) -> None:
     world.list_urls("a", world.images(5))
     for name in ("models", "pipeline", "transforms"):
         shutil.copytree(ROOT / name, tmp_path / "vesl" / name, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "vesl/pipeline/engines/ray_executor.py").write_text("class Paced:\n    pass\n")
+    steps = tmp_path / "vesl/pipeline/engines/ray_steps.py"
+    theirs = steps.read_text().replace(", stay: frozenset[str] = frozenset()", knows).replace(", stay  #", ", ()  #")
+    steps.write_text(theirs)
     other = Resources(runtime_env={"env_vars": {"PYTHONPATH": f"{tmp_path}:{ROOT}"}})
     plan = planned(world, "steps.caption.model=tests.standins:captioner@1", until="caption")
-    with pytest.raises(EngineError, match=r"has vesl 0\.\d.*: install the same on both"):
+    with pytest.raises(EngineError, match=says):
         carry(plan, download=other, caption=other)
 
 
@@ -342,6 +352,26 @@ def test_resources_follow_the_recipe_and_fit_the_cluster() -> None:
     assert bounds == {"num_cpus": 4, "num_gpus": 0, "accelerator_type": None, "min_size": 2, "max_size": 8}
 
 
+def test_a_node_that_the_chain_needs_is_not_left(world: World) -> None:
+    job = make_plan(world.load(), "caption").job()
+    cpu, gpu = {"CPU": 2.0, "memory": 1e9}, {"CPU": 2.0, "GPU": 1.0, "accelerator_type:L4": 1.0}
+    plain, two, four = Engine(), Engine(caption=Resources(gpus=2)), Engine(caption=Resources(accelerator="L4"))
+    nodes: dict[str, dict[str, float]]
+    for options, nodes, needed in (
+        (plain, {"a": cpu}, "a"),
+        (plain, {"head": {"memory": 1e9}, "a": cpu}, "a"),
+        (plain, {"a": cpu, "b": cpu}, ""),
+        (Engine(caption=Resources(cpus=2)), {"a": cpu, "b": cpu}, "ab"),  # too few together
+        (Engine(caption=Resources(cpus=2)), {"a": cpu, "b": cpu, "c": cpu}, ""),
+        (Engine(caption=Resources(cpus=4)), {"a": cpu, "b": cpu, "c": cpu, "d": {"CPU": 4.0}}, "d"),
+        (two, {"a": cpu | {"GPU": 4.0}, "b": gpu, "c": gpu}, "a"),  # the others have two, but one each
+        (four, {"a": cpu, "b": gpu, "c": gpu}, ""),
+        (four, {"a": cpu, "b": gpu, "c": cpu | {"GPU": 1.0}}, "b"),
+        (four, {"a": cpu, "b": cpu}, "ab"),  # such a node may yet come
+    ):
+        assert engine._needed(nodes, job, options) == frozenset(needed), (options, nodes)
+
+
 def test_outcomes_are_counted_for_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[tuple[int, dict[str, str]]] = []
 
@@ -394,12 +424,13 @@ def test_a_part_that_freezes_its_worker_is_given_up_and_the_rest_is_done(
     world.list_urls("a", world.images(10, captions={4: "freeze"}))
     world.document["steps"]["caption"]["model"] = "tests.standins:captioner@1"
     world.write()
-    events = carry(planned(world, until="caption"), silence_limit_s=4)
-    told = [(event.kind, event.text) for event in events if event.step == "caption" and event.kind in ("retry", "lost")]
-    why = "no batch was finished in engine.silence_limit_s = 4, so its worker was ended"
+    events = carry(planned(world, until="caption"), silence_limit_s=8)
+    (bad,) = [event.part for event in events if event.kind == "lost"]
+    told = [(event.kind, event.text) for event in events if event.part == bad and event.kind in ("retry", "lost")]
+    why = "no batch was finished in engine.silence_limit_s = 8, so its worker was ended"
     assert told == [("retry", "the worker died, 2 times in this run"), ("retry", why), ("lost", f"{why}, 2 times")]
     assert [event.kind for event in events if event.step == "caption" and event.kind == "done"] == ["done"]
-    line = "vesl: ray: a worker of caption gave no sign of life in engine.silence_limit_s = 4, so it was ended\n"
+    line = "vesl: ray: a worker of caption gave no sign of life in engine.silence_limit_s = 8, so it was ended\n"
     assert capsys.readouterr().err.endswith(line * 2)
     assert not [process for process in psutil.Process().children(recursive=True) if process.status() == "stopped"]
 

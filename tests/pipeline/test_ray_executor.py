@@ -157,7 +157,8 @@ class Actor:
     """Is asked to give signs of life, and gives them or not."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.asked, self.lives, self.state = name, 0, self, SimpleNamespace(is_restarting=False)
+        self.name = self._actor_id = name
+        self.asked, self.lives, self.state = 0, self, SimpleNamespace(is_restarting=False)
 
     def remote(self) -> str:
         self.asked += 1
