@@ -55,13 +55,15 @@ def run(job: Job, parts: Sequence[int], engine: Engine, listen: Listener) -> Non
     last, todo = job.steps[-1].name, list(parts)
     with _cluster(engine):
         while todo:
-            before = len(told)
+            before, free = len(told), list[int]()
             try:
-                todo = _carry(job, todo, engine, waiting, told, hung, shunned, listen)
+                _carry(job, todo, engine, waiting, told, hung, shunned, free, listen)
+                todo = free
             except _DiedError:  # an actor, again and again: on a cluster whose nodes come and go that is not the end
                 if len(told) == before:
                     raise
                 todo = [part for part in todo if not {(last, part), (_LOST, part)} & told and part not in hung]
+                todo = list(dict.fromkeys([*todo, *free]))
             shunned = frozenset()
             if hung and not todo:
                 todo, shunned = list(hung), frozenset(hung.values())
@@ -126,18 +128,18 @@ def _carry(
     told: set[tuple[str, int]],
     hung: dict[int, str],
     shunned: frozenset[str],
+    free: list[int],
     listen: Listener,
-) -> list[int]:
+) -> None:
     """Carry the parts through the chain once, as far as they go; whatever `listen` raises ends the work at once.
 
-    Return the parts that another run left meanwhile: its silence counts from when a worker met its lease. Those that
-    hung are noted in `hung`, with their nodes, for a round in which these nodes are `shunned`.
+    Notes for further rounds: in `free` the parts that another run left meanwhile (its silence counts from when a worker
+    met its lease), in `hung` those that hung, with their nodes, for a round in which these nodes are `shunned`.
     """
     from .ray_executor import Executor
 
     data = dataset(job, parts, engine, shunned)
     executor = Executor(data.context, data.get_dataset_id(), engine.silence_limit_s)
-    left: list[int] = []
     slow_at = time.monotonic() + _SLOW_S
 
     def rows() -> Iterator[Row]:
@@ -159,7 +161,7 @@ def _carry(
             print(f"vesl: ray: a worker of {name} {why}", file=sys.stderr)
         for row in rows():
             _hear(row, job, waiting, told, hung, listen)
-        left.extend(waiting.free())
+        free.extend(waiting.free())
         return going
 
     held = None  # who holds this keeps the executor from being shut down
@@ -172,7 +174,6 @@ def _carry(
     finally:
         executor.shutdown(force=True)
         del held
-    return left
 
 
 def _ended(error: Exception) -> EngineError:
@@ -285,22 +286,31 @@ def _total(nodes: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 
 def _needed(nodes: Mapping[str, Mapping[str, float]], job: Job, engine: Engine) -> frozenset[str]:
-    """The nodes of which the chain can do without none: together the others have too little, or no place for a step."""
+    """The nodes without any one of which there is no room for an actor of each step on the others, at the same time."""
     has, steps = _total(nodes), list[dict[str, float]]()
     for step in job.steps:
         want = resources(step, len(job.steps), engine, has)
         kind = {f"accelerator_type:{want['accelerator_type']}": 1e-3} if want["accelerator_type"] else {}
-        steps.append({"CPU": want["num_cpus"], "GPU": want["num_gpus"], **kind})
-    places = [
-        {name for name, node in nodes.items() if all(node.get(what, 0) >= n for what, n in step.items())}
-        for step in steps
-    ]
-    return frozenset(
-        name
-        for name, node in nodes.items()
-        if any(place <= {name} for place in places)
-        or any(has.get(what, 0) - node.get(what, 0) < sum(step[what] for step in steps) for what in ("CPU", "GPU"))
-    )
+        steps.append({"GPU": want["num_gpus"], "CPU": want["num_cpus"], **kind})
+    steps.sort(key=lambda step: (len(step), step["GPU"], step["CPU"]), reverse=True)
+    used = _places(nodes, steps)
+    if used is None:
+        return frozenset(nodes)
+    others = ({name: node for name, node in nodes.items() if name != without} for without in used)
+    return frozenset(without for without, left in zip(used, others, strict=True) if _places(left, steps) is None)
+
+
+def _places(nodes: Mapping[str, Mapping[str, float]], steps: Sequence[Mapping[str, float]]) -> list[str] | None:
+    """The nodes on which the steps' actors find a place, one after the other; None where one finds none."""
+    left, used = {name: dict(node) for name, node in nodes.items()}, list[str]()
+    for step in steps:
+        fits = (name for name, node in left.items() if all(node.get(what, 0) >= n for what, n in step.items()))
+        if (name := next(fits, None)) is None:
+            return None
+        used.append(name)
+        for what, n in step.items():
+            left[name][what] = left[name].get(what, 0) - n
+    return list(dict.fromkeys(used))
 
 
 def _lacks(wants: Mapping[str, Mapping[str, Any]], has: Mapping[str, float]) -> str:

@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib import util
 from pathlib import Path
@@ -352,6 +353,39 @@ def test_resources_follow_the_recipe_and_fit_the_cluster() -> None:
     assert bounds == {"num_cpus": 4, "num_gpus": 0, "accelerator_type": None, "min_size": 2, "max_size": 8}
 
 
+def test_what_a_round_leaves_is_for_the_next_also_where_it_ends_early(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds: list[tuple[list[int], set[str]]] = []
+
+    def carry(
+        job: Job,
+        parts: list[int],
+        options: Engine,
+        waiting: object,
+        told: set[tuple[str, int]],
+        hung: dict[int, str],
+        shunned: frozenset[str],
+        free: list[int],
+        listen: object,
+    ) -> None:
+        rounds.append((list(parts), set(shunned)))
+        if len(rounds) == 1:
+            told.update({("caption", 0), (engine._LOST, 1), ("download", 3)})
+            hung[2] = "a node"
+            free.append(9)  # of another run, that ended; it was left for this round in an earlier one
+        if len(rounds) == 1:
+            raise engine._DiedError("ray: gone")
+        told.update(("caption", part) for part in parts)
+        free.extend([7] * (len(rounds) == 2))
+
+    monkeypatch.setattr(engine, "_cluster", lambda options: nullcontext())
+    monkeypatch.setattr(engine, "_carry", carry)
+    job = make_plan(world.load(), "caption").job()
+    engine.run(job, [0, 1, 2, 3], Engine(kind="ray"), lambda event: None)
+    assert rounds == [([0, 1, 2, 3], set()), ([3, 9], set()), ([7], set()), ([2], {"a node"})]
+
+
 def test_a_node_that_the_chain_needs_is_not_left(world: World) -> None:
     job = make_plan(world.load(), "caption").job()
     cpu, gpu = {"CPU": 2.0, "memory": 1e9}, {"CPU": 2.0, "GPU": 1.0, "accelerator_type:L4": 1.0}
@@ -365,6 +399,8 @@ def test_a_node_that_the_chain_needs_is_not_left(world: World) -> None:
         (Engine(caption=Resources(cpus=2)), {"a": cpu, "b": cpu, "c": cpu}, ""),
         (Engine(caption=Resources(cpus=4)), {"a": cpu, "b": cpu, "c": cpu, "d": {"CPU": 4.0}}, "d"),
         (two, {"a": cpu | {"GPU": 4.0}, "b": gpu, "c": gpu}, "a"),  # the others have two, but one each
+        (Engine(download=Resources(cpus=2), caption=Resources(cpus=2)), {"a": cpu, "b": cpu, "c": {"CPU": 1.0}}, "ab"),
+        (two, {"head": cpu, "a": cpu | {"GPU": 3.0}, "b": cpu | {"GPU": 2.0}}, ""),
         (four, {"a": cpu, "b": gpu, "c": gpu}, ""),
         (four, {"a": cpu, "b": gpu, "c": cpu | {"GPU": 1.0}}, "b"),
         (four, {"a": cpu, "b": cpu}, "ab"),  # such a node may yet come
