@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -173,15 +174,19 @@ def test_a_part_that_hangs_on_a_node_is_tried_on_another(nodes: list[Any], world
 
     def make_room() -> None:
         """Once no worker is left on the first node, and none has come up there for longer than that takes."""
-        while not asked.exists() or working():
+        while not over.is_set() and (not asked.exists() or working()):
             time.sleep(0.1)
-        time.sleep(10)
+        over.wait(10)
         ray.kill(occupant)
 
-    options = Engine(kind="ray", workers=1, silence_limit_s=8, caption=Resources(runtime_env=env(SICK_NODES=asked)))
+    over = threading.Event()
+    options = Engine(kind="ray", workers=1, silence_limit_s=15, caption=Resources(runtime_env=env(SICK_NODES=asked)))
     with ThreadPoolExecutor(1) as pool:
         freeing = pool.submit(make_room)
-        engine.run(plan.job(), plan.todo(), options, events.append)
+        try:
+            engine.run(plan.job(), plan.todo(), options, events.append)
+        finally:
+            over.set()
         freeing.result()
     assert asked.read_text().splitlines() == [first.node_id, second.node_id]
     assert [event.kind for event in events if event.kind == "lost"] == []
