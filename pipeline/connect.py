@@ -116,6 +116,14 @@ def open_session(
     return session
 
 
+def close_idle(session: "aiohttp.ClientSession", host: str) -> None:
+    """Close the connections to a host that no request uses. For the session's own loop."""
+    pool = session.connector._conns  # type: ignore[union-attr]  # aiohttp has no public way
+    for key in [key for key in pool if key.host == host]:
+        for protocol, _ in pool.pop(key):
+            protocol.close()
+
+
 async def _look_up(host: str, port: int, family: int) -> list[Any]:
     """Call getaddrinfo in a daemon thread of its own: one that hangs holds up neither others nor the end."""
     loop = asyncio.get_running_loop()

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from ..transforms.options import operational
 from ..transforms.outcomes import Drop, reason_of
-from .connect import open_session
+from .connect import close_idle, open_session
 from .hosts import Hosts, retry_after
 from .memory import Memory
 from .request import Fetched, RefusedError, ask, parse, printable, reason_for
@@ -143,7 +143,7 @@ class Fetcher(Generic[T]):
         self._threads = ThreadPoolExecutor(min(8, cores()), "use")
         self._places = asyncio.Semaphore(min(rule.concurrency, _file_limit(rule.concurrency)))
         workers = place.workers if place else 1
-        self._hosts = Hosts(rule.host_concurrency, rule.host_rate_per_s, rule.patience_s, workers)
+        self._hosts = Hosts(rule.host_concurrency, rule.host_rate_per_s, rule.patience_s, workers, self._close_idle)
         self._respect, self._token = respect, re.split(r"[/\s]", rule.user_agent, maxsplit=1)[0]
         self._wishes = Wishes(respect, self._token, self._text, place.store if place else None) if respect else None
         self._memory = Memory(rule.buffer_mib << 20)
@@ -154,6 +154,9 @@ class Fetcher(Generic[T]):
         rule = self._rule
         allowed = tuple(ip_network(network) for network in rule.allow_networks)
         return open_session(allowed, rule.agent, rule.connect_timeout_s, rule.read_timeout_s)
+
+    def _close_idle(self, host: str) -> None:
+        close_idle(self._session, host)
 
     def submit(self, url: str, use: Callable[[Fetched], T]) -> "Future[Made[T]]":
         """Begin to fetch; returns at once. `use` turns what was fetched into the result.

@@ -6,7 +6,7 @@ of which takes its share of the budget without talking to the others.
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -35,6 +35,7 @@ class _Host:
     places: asyncio.Semaphore
     origins: set[str] = field(default_factory=set)  # schemes and ports that were asked for
     users: int = 0  # rows that wait or are served
+    kept: bool = False  # connections were, since it had no users
     next_s: float = 0.0  # the rate allows no request before
     quiet_s: float = 0.0  # it asked for no request before
     refusals: int = 0  # in a row
@@ -48,13 +49,14 @@ class Hosts:
     `concurrency` connections and `rate_per_s` requests per host are for all `workers` together; None is no limit. Where
     there are more workers than connections, each uses one for its share of the time: after a request of 1 s, with 8
     connections for 32 workers, it leaves the host alone for 3 s. So the limit holds at every moment where it is at
-    least the number of workers, and else on average.
+    least the number of workers, and else on average. `close_idle` closes the connections to a host that were kept.
     """
 
     concurrency: int | None
     rate_per_s: float | None
     patience_s: float
     workers: int = 1
+    close_idle: Callable[[str], None] = lambda name: None
     _hosts: dict[str, _Host] = field(default_factory=dict)
     _many: int = 0
 
@@ -73,11 +75,14 @@ class Hosts:
             await host.places.acquire()
             start, hold_s = loop.time(), 0.0
             try:
+                if self._close_idle(name, host):
+                    await asyncio.sleep(_LINGER_S)
                 await self._until_allowed(host)
                 start = loop.time()
                 yield
                 hold_s = _LINGER_S if self.concurrency else 0.0
             finally:
+                self._close_idle(name, host)  # also what was kept open just now
                 hold_s = max(hold_s, (loop.time() - start) * (1 / share - 1))
                 if hold_s:
                     loop.call_later(hold_s, host.places.release)
@@ -85,6 +90,7 @@ class Hosts:
                     host.places.release()
         finally:
             host.users -= 1
+            host.kept = host.kept and host.users > 0
 
     def awaited(self, name: str) -> bool:
         """Whether another row asks the host too: a connection is worth keeping, and is this worker's alone to keep.
@@ -92,7 +98,15 @@ class Hosts:
         Where some rows go to http and some to https, those of the ones would be idle beside those of the others.
         """
         host = self._hosts[name]
-        return host.users > 1 and len(host.origins) == 1 and (self.concurrency or self.workers) >= self.workers
+        keep = host.users > 1 and len(host.origins) == 1 and (self.concurrency or self.workers) >= self.workers
+        host.kept = host.kept or keep
+        return keep
+
+    def _close_idle(self, name: str, host: _Host) -> bool:
+        """Where connections were kept before the host's second origin was known; whether there may have been any."""
+        if late := host.kept and len(host.origins) > 1:
+            self.close_idle(name)
+        return late
 
     def refused(self, name: str, drop: Drop, asked_s: float | None) -> None:
         """The host answered that it is too much: leave it alone for `asked_s`, or ever longer where it does not say."""

@@ -56,10 +56,11 @@ class WebServer:
         self.hits: Counter[str] = Counter()
         self.requests: list[bytes] = []
         self.connections = 0
-        self.open = self.most = 0  # connections at this moment, and at the busiest
+        self.most = 0  # connections at the busiest moment
         self._paths: dict[str, Handler] = {}
         self._stopping = threading.Event()
         self._lock = threading.Lock()
+        self._connections = dict[int, socket.socket]()  # by thread
 
     def __enter__(self) -> Self:
         self._listener = socket.create_server((self.host, 0), backlog=512)
@@ -89,21 +90,26 @@ class WebServer:
                 return
             with self._lock:
                 self.connections += 1
-                self.open += 1
-                self.most = max(self.most, self.open)
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
+        self._connections[threading.get_ident()] = connection
+        self.most = max(self.most, self.open)
         try:
             self._answer(connection)
         finally:
-            with self._lock:
-                self.open -= 1
+            del self._connections[threading.get_ident()]
+
+    @property
+    def open(self) -> int:
+        """Connections at this moment, as the kernel knows: a busy thread learns later that the other end hung up."""
+        return sum(map(_is_established, list(self._connections.values())))
 
     def _answer(self, connection: socket.socket) -> None:
         with suppress(OSError, ValueError):  # the other end hung up, which is its right
             if self.tls:
                 connection = self.tls.wrap_socket(connection, server_side=True)
+                self._connections[threading.get_ident()] = connection
             with connection:
                 peer = Peer(connection, self._stopping)
                 while b"\r\n\r\n" not in peer.request:
@@ -119,6 +125,12 @@ class WebServer:
                     self.hits[path] += 1
                     self.requests.append(peer.request)
                 self._paths.get(path, status(404))(peer)
+
+
+def _is_established(connection: socket.socket) -> bool:
+    with suppress(OSError):  # closed
+        return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1) == b"\x01"
+    return False
 
 
 def body(data: bytes, content_type: str = "image/jpeg", code: int = 200, **headers: object) -> Handler:
