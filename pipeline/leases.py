@@ -16,21 +16,18 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from .journal import beating, is_dead, is_here, sign
+from .journal import beating, is_dead, sign
 from .store import Store, wip
 
 T = TypeVar("T")
 SILENT_S = 120.0  # that a lease may stay unchanged
 POLL_S = 2.0  # between two looks at the leases of other runs
 _BEAT_S = 15.0
-_LOOKS = 8  # in the time that a worker of this run may be silent
-_LEAST_S = 4 * _BEAT_S  # which is no shorter than this
-_REST = 20  # times what a look took, at least, until the next
 _LEASE = re.compile(r"lease-(\d{5,})")
 _READERS = 16
 _TRIES = 5  # to be the first
@@ -140,78 +137,24 @@ def _fell(signed: Mapping[str, Any], run: str) -> bool:
     return bool(signed.get("run") == run) and not signed.get("claimed")
 
 
-def _of_run(store: Store, listed: Mapping[str, Sequence[str]], run: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """The newest leases that are of a run: table, number, and what is signed. `listed`: what is in each folder."""
-    for folder, names in listed.items():
+def give_back(store: Store, folders: Iterable[str], run: str) -> dict[str, dict[str, Any]]:
+    """Remove the leases that a run still has below these folders: of workers that died, or that it ended.
+
+    Return the tables that these were at work on, and who was.
+    """
+    fell, every = dict[str, dict[str, Any]](), list(folders)
+    with ThreadPoolExecutor(_READERS) as pool:  # a bucket's listings take long
+        listed = list(pool.map(lambda folder: store.names(folder, "part-"), every))
+    for folder, names in zip(every, listed, strict=True):
         for name in names:
             table = f"{folder}/{name.removesuffix('.wip')}.parquet"
             if not name.endswith(".wip") or (number := _newest(store, table)) is None:
                 continue
             signed = _read(store, table, number)
             if signed.get("run") == run:
-                yield table, number, signed
-
-
-def _listed(store: Store, folders: Iterable[str]) -> dict[str, list[str]]:
-    every = list(folders)
-    with ThreadPoolExecutor(_READERS) as pool:  # a bucket's listings take long
-        return dict(zip(every, pool.map(lambda folder: store.names(folder, "part-"), every), strict=True))
-
-
-def give_back(store: Store, folders: Iterable[str], run: str) -> list[str]:
-    """Remove the leases that a run still has below these folders: of workers that died, or that it ended.
-
-    Return the tables that these were at work on.
-    """
-    fell = list[str]()
-    for table, number, signed in _of_run(store, _listed(store, folders), run):
-        fell += [table] if _fell(signed, run) else []
-        _release(store, table, number)
+                fell |= {table: signed} if _fell(signed, run) else {}
+                _release(store, table, number)
     return fell
-
-
-class Silence:
-    """Watches whether a run's workers on this machine still count in their leases: a process that is frozen does not.
-
-    It looks several times in the time that one may be silent, as time alone may pass where nobody can do anything.
-    """
-
-    def __init__(self, store: Store, folders: Iterable[str], run: str, limit_s: float) -> None:
-        self._store, self._folders, self._run = store, tuple(folders), run
-        self.limit_s = max(limit_s, _LEAST_S)
-        self._pause_s, self._looked = self.limit_s / _LOOKS, time.monotonic()
-        self._seen: dict[str, tuple[Any, int]] = {}  # by table: its lease, and how many looks found it like that
-        self._names: dict[str, list[str]] | None = None
-        self._idle, self._met = 0, False  # looks that found no lease and nothing new; whether there was any lease here
-
-    def broken(self) -> list[str] | None:
-        """The tables of workers that have been silent for too long; None where there is no such worker.
-
-        Empty where there were workers here, but for as long nobody has been at work on anything.
-        """
-        if (now := time.monotonic()) - self._looked < self._pause_s:
-            return None
-        names, found = self._names, list[tuple[str, int, dict[str, Any]]]()
-        before, self._seen = self._seen, {}
-        with suppress(OSError):  # a store that is away, for the workers too: as if all were new
-            self._names = None
-            listed = _listed(self._store, self._folders)
-            found = [lease for lease in _of_run(self._store, listed, self._run) if _fell(lease[2], self._run)]
-            self._names = listed
-        self._looked = time.monotonic()
-        self._pause_s = max(self.limit_s / _LOOKS, _REST * (self._looked - now))
-        silent: dict[int, list[str]] = {}
-        for table, number, signed in found:
-            same, looks = before.get(table, (None, 0))
-            looks = looks + 1 if same == (number, signed) else 1
-            self._seen[table] = (number, signed), looks
-            if is_here(signed) and not is_dead(signed):
-                silent.setdefault(signed["pid"], []).append(table)
-        self._met = self._met or bool(silent)
-        self._idle = self._idle + 1 if names is not None and self._names == names and not found else 0
-        # A lease that could not be removed stays as it is, but its worker goes on with others.
-        long = [t for tables in silent.values() if all(self._seen[t][1] > _LOOKS for t in tables) for t in tables]
-        return long if long or (self._met and self._idle >= _LOOKS) else None
 
 
 class Waiting(Generic[T]):

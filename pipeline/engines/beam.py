@@ -13,7 +13,7 @@ processes, each with models of its own and one part at a time (one: in that proc
 a cluster (Dataflow, Flink, Spark) is chosen by its options alone, and was not run here; there a job goes on where the
 driver is killed, and its results count. A step's `workers` is not used, which the driver says. A worker process ends
 itself where a part hangs; on Beam's local runner that ends the pipeline, and the next one goes on. So does the driver
-with the pipeline of a worker that is frozen, which only its lease tells, and only of workers on this machine.
+with the pipeline of a worker that is frozen, if it is one of this machine.
 """
 
 # mypy: allow-untyped-calls
@@ -37,7 +37,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from ...models.contract import ModelError
-from ..leases import Silence, Waiting, give_back
+from ..journal import is_here
+from ..leases import Waiting, give_back
 from ..listing import part_of
 from ..stage import Placed
 from ..store import Store
@@ -45,6 +46,7 @@ from ..work import Job
 from . import Engine, EngineError, Event, Listener, local
 from .beam_steps import NO_PART, Notes, chain
 from .follow import follow, others
+from .signs import Silence, live
 from .worker import HANGS
 
 _THREADS = 3  # of a pipeline in one process
@@ -53,9 +55,13 @@ _OUTPUT, _OUTPUT_BYTES = "output", 1 << 20  # the log of Beam and all its worker
 _CANCEL_S = 30.0  # for a cluster to take note that its job is cancelled
 
 
+def _elsewhere(engine: Engine) -> bool:
+    return any(option.startswith("--runner") for option in engine.options)
+
+
 def _flags(engine: Engine) -> list[str]:
     mode, count = ("multi_threading", _THREADS) if engine.workers is None else ("multi_processing", engine.workers)
-    if count == 1 or any(option.startswith(("--runner", "--direct")) for option in engine.options):
+    if count == 1 or _elsewhere(engine) or any(option.startswith("--direct") for option in engine.options):
         return list(engine.options)
     return [f"--direct_running_mode={mode}", f"--direct_num_workers={count}", *engine.options]
 
@@ -66,6 +72,7 @@ def _submit(job: Job, parts: Sequence[int], engine: Engine, notes: Notes, pipe: 
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     os.environ["TMPDIR"] = tempfile.tempdir = folder  # Beam leaves a few folders behind
+    live(folder)
     os.setsid()  # a group, so that Beam's worker processes end with this one
     threading.Thread(target=_end_with_driver, args=(folder,), daemon=True).start()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
@@ -112,7 +119,9 @@ def _end_with_driver(folder: str) -> None:
     parent = mp.parent_process()
     if parent is not None:
         wait([parent.sentinel])
-        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            os.rename(folder, gone := f"{folder}.gone")  # so that nobody writes into it any more
+            shutil.rmtree(gone)
         os.killpg(0, signal.SIGKILL)
 
 
@@ -136,13 +145,14 @@ class _Driver:
     left: list[int] = field(default_factory=list)  # by another run, that waited for it
     hangs: Counter[tuple[int, int]] = field(default_factory=Counter)
     deaths: Counter[tuple[int, int]] = field(default_factory=Counter)
-    silent: set[str] = field(default_factory=set)  # tables of the worker for which the last pipeline was ended
+    silent: set[int] | None = None  # the processes for which the last pipeline was ended, if that was why
 
     def __post_init__(self) -> None:
         self.waiting = Waiting[int](self.store, self.job.run)
 
     def run(self, parts: Sequence[int]) -> None:
         """Submit until every part is done or lost. Raises EngineError where a pipeline gets nowhere."""
+        barren = 0  # pipelines in a row that were ended before they did anything
         for number in range(sys.maxsize):
             left = [part for part in parts if part not in self.lost]
             before = len(self.told) + len(self.lost)
@@ -152,10 +162,12 @@ class _Driver:
                 if not parts:
                     return
                 continue
+            frozen = self.silent is not None
             suspects = self._suspects()
             if self._hung(number):  # it was ended for that one; the others that were under way are not to blame
                 continue
-            if not suspects and before == len(self.told) + len(self.lost):
+            barren = 0 if suspects or before < len(self.told) + len(self.lost) else barren + 1
+            if barren and (barren == _DEATHS or not frozen):
                 raise EngineError(f"engine beam: {text}")
             for index, part in suspects:
                 self.deaths[index, part] += 1
@@ -183,8 +195,10 @@ class _Driver:
         Where it was ended for a worker that was silent, what that one was at.
         """
         at = {step.folder: index for index, step in enumerate(self.job.steps)}
-        tables, silent, self.silent = give_back(self.store, at, self.job.run), self.silent, set()
-        left = [table.rpartition("/") for table in tables if not silent or table in silent]
+        tables, silent, self.silent = give_back(self.store, at, self.job.run), self.silent, None
+        if silent:
+            tables = {table: who for table, who in tables.items() if is_here(who) and who["pid"] in silent}
+        left = [table.rpartition("/") for table in tables]
         found = {(at[folder], part) for folder, _, name in left if (part := part_of(name)) is not None}
         return sorted(place for place in found if self.deaths[place] < _DEATHS and place[1] not in self.lost)
 
@@ -220,13 +234,12 @@ class _Driver:
         ours, theirs = context.Pipe()
         folder = tempfile.mkdtemp(prefix="vesl-beam-")
         output = open(f"{folder}/{_OUTPUT}", "w+b")  # noqa: SIM115  (closed at the end, whatever happens)
-        arguments = (self.job, parts, self.engine, notes, theirs, folder)
+        arguments = (self.job, parts, self.engine, replace(notes, signs=folder), theirs, folder)
         process = context.Process(target=_submit, args=arguments, daemon=True)
         process.start()
         theirs.close()
         said: list[tuple[str, str]] = []
-        folders = [step.folder for step in self.job.steps]
-        silence = Silence(self.store, folders, self.job.run, self.engine.silence_limit_s)
+        silence = Silence(folder, self.engine.silence_limit_s, not _elsewhere(self.engine))
 
         def going() -> bool:
             self._read_notes()
@@ -241,9 +254,9 @@ class _Driver:
                 said.append(("died", f"the pipeline's process died (exit code {process.exitcode}{words})"))
             if os.fstat(output.fileno()).st_size > _OUTPUT_BYTES:
                 output.truncate(0)
-            if _going(said) and (tables := silence.broken()) is not None:
-                self.silent = set(tables)
-                limit = f"in {silence.limit_s:g} s (engine.silence_limit_s; 60 at least)"
+            if _going(said) and (frozen := silence.broken()) is not None:
+                self.silent = frozen
+                limit = f"in {silence.limit_s:g} s (engine.silence_limit_s)"
                 said.append(("silent", f"a worker gave no sign of life {limit}, so the pipeline was ended"))
             return _going(said)
 

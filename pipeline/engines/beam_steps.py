@@ -24,6 +24,7 @@ from ..stage import Function, InTwo, Stage, Step
 from ..store import Store
 from ..work import Attempt, Job, run_part
 from . import Engine, Event, Resources
+from .signs import at_work
 from .worker import Clock, Turn, Watch, in_turn
 
 NO_PART = -1  # of a note that concerns all parts
@@ -81,6 +82,7 @@ class Notes:
 
     folder: str | None = None
     round: int = 0
+    signs: str = ""  # a folder of the driver's machine, where workers show there that they live
 
     def tell(self, store: Store, event: Event) -> None:
         """Leave an event for the driver."""
@@ -159,7 +161,10 @@ class _Work:
             counts.append(rows)
             watch.hear()
 
-        with ExitStack() as until, watch.over(lambda why: self.notes.hung(store, self.index, part, why)):
+        def hung(why: str) -> None:
+            self.notes.hung(store, self.index, part, why)
+
+        with ExitStack() as until, at_work(self.notes.signs), watch.over(hung):
             attempt = Attempt(on_rows=on_rows, on_key=lambda key: shared.turn.close())
             footer, fresh = run_part(self.job, self.index, part, opener, attempt)
         if fresh and (rows := sum(counts[1:])):

@@ -3,8 +3,9 @@
 Built on its classes as they are in the pinned version of Ray; imported where Ray is there.
 """
 
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from queue import SimpleQueue
@@ -28,12 +29,15 @@ from ray.data._internal.execution.operators.task_pool_map_operator import TaskPo
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from ray.data._internal.utils import cached_ray_internals
 
+from . import signs
+
 WAVE = 500  # blocks, cut at once and waiting for a step at most: the driver holds a few kilobytes for each
 _START_S = 60.0  # of a worker, its model and the work that it keeps from others meanwhile
 _WHO_ASK_WHERE = (actor_pool_map_operator, cached_ray_internals)
 CALLS, CALLS_AHEAD = 2, 4  # at once of an actor: a block, or two and how far it is with one; and whether it lives
-_LOOKS = 8  # that may find no sign of life, in the time that an actor may be silent: time alone may stand still
 _LOOK_S, _STEP_S = 1.0, 5.0  # for a look whether all is to end and for a step, where no task has anything to say
+_LINE = 500  # characters
+_STARTS = 2  # that froze on some node; then Ray Data replaces the actor, but not for ever
 _TOGETHER_S = 0.02  # that a step waits for more tasks where one has something to say; by default a tenth of a second
 
 
@@ -170,18 +174,38 @@ def alone() -> Iterator[None]:
             setattr(module, name, kept)
 
 
+@contextmanager
+def terse() -> Iterator[None]:
+    """While Ray's nodes tell the driver what they do: a line on stderr, and nothing of what is tried again anyway."""
+
+    heard = {""}
+
+    def tell(said: Mapping[str, Any], **options: Any) -> None:
+        lines = {" ".join(text.split())[:_LINE] for text in said["lines"] if "so the task will be retried" not in text}
+        for line in lines - heard:
+            print(f"vesl: ray: {line}", file=sys.stderr)
+        heard.update(lines)
+
+    module: Any = ray._private.worker
+    usual, module.print_to_stdstream = module.print_to_stdstream, tell
+    try:
+        yield
+    finally:
+        module.print_to_stdstream = usual
+
+
 class Executor(StreamingExecutor):
     """Ray's, but that it takes little of a core where tasks are long, and that its output need not be waited for.
 
-    And that it kills an actor that is silent for `silence_limit_s`, which Ray then starts again: one whose process is
-    stopped or frozen, which Ray does not notice. (Where a whole node is, Ray does.)
+    And that it kills an actor that is silent for `silence_limit_s`, or as long at its start, and a minute at least: one
+    whose process is stopped or frozen, which Ray does not notice, but then starts again. (A whole node it notices.)
     """
 
     def __init__(self, context: Any, name: str, silence_limit_s: float) -> None:
         super().__init__(context, name)
-        self._look_s, self._look_at = silence_limit_s / _LOOKS, 0.0
-        self._signs: dict[Any, tuple[Any, int]] = {}  # by actor's id: what it was asked, and looks without an answer
-        self._killed = SimpleQueue[str]()
+        self._silence, self._starts = signs.Unchanged[Any](silence_limit_s), signs.starts(silence_limit_s)
+        self._signs: dict[Any, Any] = {}  # by actor's id: what it was asked for
+        self._killed = SimpleQueue[tuple[str, float]]()
 
     def execute(self, dag: Any, *args: Any, **options: Any) -> Any:
         """Prepare all that is needed for the operators up to `dag`, and start."""
@@ -204,7 +228,9 @@ class Executor(StreamingExecutor):
         super().start()
 
     def _scheduling_loop_step(self, topology: Any) -> bool:
-        self._look_after([op for op in topology if isinstance(op, ActorPoolMapOperator)])
+        steps = [op for op in topology if isinstance(op, ActorPoolMapOperator)]
+        self._look_after(steps)
+        self._look_after_starts(steps)
         under_way = [task.get_waitable() for op in topology for task in op.get_active_tasks()]
         if under_way:  # Ray's own step, dear as it is, goes round ten times a second
             ready, _ = ray.wait(under_way, timeout=_LOOK_S, fetch_local=False)
@@ -220,27 +246,38 @@ class Executor(StreamingExecutor):
 
     def _look_after(self, steps: Sequence[Any]) -> None:
         """Ask every actor for a sign of life, now and then; kill those that owe theirs for too long."""
-        if (now := time.monotonic()) < self._look_at:
+        if not self._silence.due():
             return
-        self._look_at, before, self._signs = now + self._look_s, self._signs, {}
-        owed = [sign for sign, _ in before.values()]
+        owed, before = list(self._signs.values()), self._signs
         given = set(ray.wait(owed, num_returns=len(owed), timeout=0, fetch_local=False)[0]) if owed else ()
-        for op in steps:
-            for actor, state in op._actor_pool._running_actors.items():
-                name = actor._actor_id  # who holds the actor itself keeps it from ending
-                sign, looks = before.get(name, (None, 0))
-                if state.is_restarting:
-                    continue
-                if sign is None or sign in given:
-                    self._signs[name] = actor.lives.remote(), 1
-                elif looks < _LOOKS:
-                    self._signs[name] = sign, looks + 1
-                else:
-                    ray.kill(actor, no_restart=False)
-                    self._killed.put(_step_of(op))
+        pools = [(op, op._actor_pool._running_actors) for op in steps]
+        # By id, as who holds an actor itself keeps it from ending.
+        actors = {a._actor_id: (a, op) for op, pool in pools for a, state in pool.items() if not state.is_restarting}
+        self._signs = {name: before[name] for name in actors if name in before and before[name] not in given}
+        self._signs |= {n: actor.lives.remote() for n, (actor, _) in actors.items() if n not in self._signs}
+        for name in self._silence.look(self._signs):
+            del self._signs[name]
+            actor, op = actors[name]
+            ray.kill(actor, no_restart=False)
+            self._killed.put((_step_of(op), self._silence.limit_s))
 
-    def killed(self) -> list[str]:
-        """The steps of the actors that were killed as they were silent, since the last call."""
+    def _look_after_starts(self, steps: Sequence[Any]) -> None:
+        """Kill actors that have a process, but whose start does not end."""
+        if not self._starts.due():
+            return
+        pools = [(op, op._actor_pool) for op in steps]
+        actors = {a._actor_id.hex(): (a, op, True) for op, pool in pools for a in pool._pending_actors.values()}
+        running = ((op, actor, state) for op, pool in pools for actor, state in pool._running_actors.items())
+        actors |= {actor._actor_id.hex(): (actor, op, False) for op, actor, state in running if state.is_restarting}
+        known = ray._private.state.actors() if actors else {}
+        found = {name: (known[name]["Pid"], known[name]["NumRestarts"]) for name in actors if name in known}
+        for name in self._starts.look({name: process for name, process in found.items() if process[0]}):
+            actor, op, new = actors[name]
+            ray.kill(actor, no_restart=new and found[name][1] >= _STARTS)
+            self._killed.put((_step_of(op), self._starts.limit_s))
+
+    def killed(self) -> list[tuple[str, float]]:
+        """The actors that were killed as they were silent, since the last call: their steps, and for how long."""
         return [self._killed.get() for _ in range(self._killed.qsize())]
 
     def starting(self) -> list[str]:

@@ -3,7 +3,9 @@
 import math
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -18,7 +20,7 @@ import pytest
 from tests.world import ROOT, World, without_time
 from vesl.models.contract import ModelError
 from vesl.pipeline import leases
-from vesl.pipeline.engines import Engine, EngineError, Event, Resources, local, ray_steps
+from vesl.pipeline.engines import Engine, EngineError, Event, Resources, local, ray_chain, ray_steps, signs
 from vesl.pipeline.engines import ray as engine
 from vesl.pipeline.plan import Plan, make_plan
 from vesl.pipeline.run import _ingest
@@ -192,7 +194,7 @@ def test_a_slow_part_holds_no_other_while_an_actor_idles(cluster: Any, world: Wo
 def test_a_part_is_begun_while_the_model_is_at_the_last_row_of_another(
     cluster: Any, world: World, monkeypatch: pytest.MonkeyPatch, together: int
 ) -> None:
-    monkeypatch.setattr(engine, "_together", lambda *_: together)
+    monkeypatch.setattr(ray_chain, "_together", lambda *_: together)
     plan, job, texts = downloaded(world, 10)
     one, other = plan.todo()
     begun = Path(world.store, wip(job.steps[1].table(other)))
@@ -234,7 +236,7 @@ def test_what_the_listener_raises_ends_the_run_at_once(cluster: Any, world: Worl
 
 def test_another_version_on_a_worker_is_refused(cluster: Any, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.list_urls("a", world.images(5))
-    monkeypatch.setattr(engine, "version", lambda: "99.1")
+    monkeypatch.setattr(ray_chain, "version", lambda: "99.1")
     with pytest.raises(EngineError, match=r"has vesl 0\.\d.*, the driver 99\.1: install the same on both"):
         carry(planned(world, until="download"))
     assert not Path(world.store, "download").exists()
@@ -279,7 +281,7 @@ def test_what_a_cluster_does_not_have_may_yet_come(
     joined = Engine(kind="ray", address="10.0.0.1:6379", ground=Resources(gpus=2, accelerator="L4"))
     plan = planned(world)
     capsys.readouterr()
-    data = engine.dataset(plan.job(), plan.todo(), joined)
+    data = ray_chain.dataset(plan.job(), plan.todo(), joined)
     says = "vesl: ray: an actor for each step needs 2 GPUs, there are 1; waiting until the cluster has them\n"
     assert capsys.readouterr().err == says
     (ground,) = [op for op in data._logical_plan.dag.post_order_iter() if op.name == "MapBatches(Ground)"]
@@ -342,14 +344,14 @@ def test_resources_follow_the_recipe_and_fit_the_cluster() -> None:
 
     step: Any = Ground()
     has = {"CPU": 64.0, "GPU": 8.0}
-    usual = engine.resources(step, 6, Engine(), has)
+    usual = ray_chain.resources(step, 6, Engine(), has)
     assert usual == {"num_cpus": 0.16, "num_gpus": 0, "accelerator_type": None, "min_size": 1, "max_size": 64}
     assert usual["num_cpus"] * usual["max_size"] * 6 <= 64
-    half = engine.resources(step, 6, Engine(ground=Resources(gpus=0.5)), has)
+    half = ray_chain.resources(step, 6, Engine(ground=Resources(gpus=0.5)), has)
     assert (half["num_gpus"], half["max_size"]) == (0.5, 16)
-    typed = engine.resources(step, 6, Engine(ground=Resources(accelerator="L4")), has)
+    typed = ray_chain.resources(step, 6, Engine(ground=Resources(accelerator="L4")), has)
     assert (typed["num_gpus"], typed["max_size"], typed["accelerator_type"]) == (1, 8, "L4")
-    bounds = engine.resources(step, 6, Engine(workers=3, ground=Resources(workers=8, min_workers=2, cpus=4)), has)
+    bounds = ray_chain.resources(step, 6, Engine(workers=3, ground=Resources(workers=8, min_workers=2, cpus=4)), has)
     assert bounds == {"num_cpus": 4, "num_gpus": 0, "accelerator_type": None, "min_size": 2, "max_size": 8}
 
 
@@ -405,7 +407,7 @@ def test_a_node_that_the_chain_needs_is_not_left(world: World) -> None:
         (four, {"a": cpu, "b": gpu, "c": cpu | {"GPU": 1.0}}, "b"),
         (four, {"a": cpu, "b": cpu}, "ab"),  # such a node may yet come
     ):
-        assert engine._needed(nodes, job, options) == frozenset(needed), (options, nodes)
+        assert ray_chain._needed(nodes, job, options) == frozenset(needed), (options, nodes)
 
 
 def test_outcomes_are_counted_for_ray(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -466,13 +468,46 @@ def test_a_part_that_freezes_its_worker_is_given_up_and_the_rest_is_done(
     why = "no batch was finished in engine.silence_limit_s = 8, so its worker was ended"
     assert told == [("retry", "the worker died, 2 times in this run"), ("retry", why), ("lost", f"{why}, 2 times")]
     assert [event.kind for event in events if event.step == "caption" and event.kind == "done"] == ["done"]
-    line = "vesl: ray: a worker of caption gave no sign of life in engine.silence_limit_s = 8, so it was ended\n"
+    line = "vesl: ray: a worker of caption gave no sign of life in 8 s (engine.silence_limit_s), so it was ended\n"
     assert capsys.readouterr().err.endswith(line * 2)
     assert not [process for process in psutil.Process().children(recursive=True) if process.status() == "stopped"]
 
 
+@pytest.mark.slow
+def test_a_worker_that_is_frozen_while_it_starts_is_replaced(
+    cluster: Any, world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    def stop_the_first() -> None:
+        while not stopped:
+            time.sleep(0.001)
+            for actor in ray._private.state.actors().values():
+                starts = actor["State"] == "PENDING_CREATION" and actor["Pid"]
+                if starts and actor["ActorClassName"] == "MapWorker(MapBatches(Caption))":
+                    os.kill(actor["Pid"], signal.SIGSTOP)
+                    stopped.append(actor["Pid"])
+                    break
+
+    monkeypatch.setattr(signs, "_STARTS_S", 15.0)
+    stopped = list[int]()
+    world.list_urls("a", world.images(10))
+    world.write()
+    threading.Thread(target=stop_the_first, daemon=True).start()
+    events = carry(planned(world, until="caption"), silence_limit_s=8)
+    assert stopped
+    assert {event.kind for event in events} <= {"done", "spent", "open", "saved"}
+    assert sorted(event.part for event in events if event.step == "caption" and event.kind == "done") == [0, 1]
+    line = "vesl: ray: a worker of caption gave no sign of life in 15 s (engine.silence_limit_s), so it was ended\n"
+    assert capsys.readouterr().err.endswith(line)
+    end = time.monotonic() + 20  # Ray gives it a few seconds
+    while psutil.pid_exists(stopped[0]):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
 def test_parts_travel_together_where_they_are_many_and_small() -> None:
     small = ((1, 2, 0), (40, 2, 5), (200, 2, 10), (2000, 2, 0), (10**6, 64, 10), (10**6, 4000, 10))
-    assert [engine._together(*of) for of in small] == [1, 1, 6, 62, 64, 15]
+    assert [ray_chain._together(*of) for of in small] == [1, 1, 6, 62, 64, 15]
     large = ((2000, 2, 100), (10**6, 4, 400.5), (10**6, 4, 10_000), (10**6, 4, math.inf))
-    assert [engine._together(*of) for of in large] == [10, 2, 1, 1]
+    assert [ray_chain._together(*of) for of in large] == [10, 2, 1, 1]

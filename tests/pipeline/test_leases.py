@@ -1,6 +1,5 @@
 """Runs that share a store: each part is done once, by whoever is there; what a dead run held is taken over."""
 
-import math
 import os
 import random
 import signal
@@ -218,104 +217,10 @@ def test_what_a_run_still_has_at_its_end_is_given_back(store: Store) -> None:
     store.create(f"{wip(TABLE)}/00000000-00000002.parquet", b"saved work")
     other = TABLE.replace("3.parquet", "4.parquet")
     store.create(f"{wip(other)}/lease-00000", to_json(leases._sign("other")))
-    give_back(store, ["caption/0123456789ab", "no/such"], "mine")
+    ((table, signed),) = give_back(store, ["caption/0123456789ab", "no/such"], "mine").items()
+    assert (table, signed["pid"]) == (TABLE, os.getpid())
     assert store.names(wip(TABLE)) == ["00000000-00000002.parquet"]
     assert store.names(wip(other)) == ["lease-00000"]
-
-
-class Looks:
-    """Looks whether there is silence, as if the time had come."""
-
-    def __init__(self, store: Store, limit_s: float = 60.0) -> None:
-        self.silence, self._store = leases.Silence(store, ["caption/0123456789ab"], "mine", limit_s), store
-
-    def look(self, count: int = 1) -> list[list[str] | None]:
-        answers = []
-        for _ in range(count):
-            self.silence._looked = -math.inf
-            answers.append(self.silence.broken())
-        return answers
-
-    def write(self, part: int, **signed: object) -> str:
-        table = TABLE.replace("00003", f"{part:05d}")
-        self._store.replace(f"{wip(table)}/lease-00000", to_json(leases._sign("mine") | {"id": "", **signed}))
-        return table
-
-
-ELSEWHERE = {"machine": "another", "host": "another"}
-QUIET: list[list[str] | None] = [None]
-
-
-def test_a_worker_of_this_machine_that_does_not_count_any_more_is_silent(store: Store) -> None:
-    looks = Looks(store)
-    for beats in range(20):
-        table = looks.write(3, beats=beats)
-        assert looks.look() == QUIET
-    assert looks.look(8) == QUIET * 7 + [[table]]
-    assert looks.silence.broken() is None  # it is not time to look
-    looks.write(3, beats=21)
-    assert looks.look(8) == QUIET * 8
-    for signed in ({"run": "another"}, ELSEWHERE, {"pid": 2**22 + 1}, {"claimed": True}):
-        assert looks.look(9)[-1] == [table]
-        looks.write(3, **signed)
-        store.replace("caption/0123456789ab/part-00099.wip/0", to_json(signed))  # a name that was not there
-        for beats in range(20):  # of a worker elsewhere
-            looks.write(7, beats=beats, **ELSEWHERE)
-            assert looks.look() == QUIET
-        looks.write(3)
-    other = looks.write(4, pid=os.getppid())
-    for beats in range(12):
-        looks.write(3, beats=beats)
-        assert looks.look() == ([[other]] if beats > 7 else QUIET)
-
-
-def test_a_lease_that_could_not_be_removed_is_no_silence_of_its_worker(store: Store) -> None:
-    looks = Looks(store)
-    left = looks.write(3)
-    for beats in range(20):
-        looks.write(4, beats=beats)
-        assert looks.look() == QUIET
-    assert looks.look(8)[-1] == [left, looks.write(4, beats=beats)]
-
-
-def test_where_nobody_has_been_at_work_for_long_all_are_silent(store: Store) -> None:
-    looks = Looks(store)
-    assert looks.look(20) == QUIET * 20  # nobody has begun
-    table = looks.write(3)
-    assert looks.look() == QUIET
-    store.remove(f"{wip(table)}/lease-00000")
-    for part in range(20):
-        store.create(
-            f"caption/0123456789ab/part-{100 + part:05d}.parquet", b""
-        )  # each begun and ended between two looks
-        assert looks.look() == QUIET
-    for beats in range(20):
-        elsewhere = looks.write(3, beats=beats, **ELSEWHERE)
-        assert looks.look() == QUIET
-    store.remove(f"{wip(elsewhere)}/lease-00000")
-    assert looks.look(7) == QUIET * 7
-    assert looks.look(2)[-1] == []
-
-
-def test_while_the_store_is_away_nobody_is_silent(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    looks, usual = Looks(store, 1.0), leases._listed
-    looks.write(3)
-    assert looks.silence.limit_s == leases._LEAST_S
-
-    def away(*_: object) -> dict[str, list[str]]:
-        raise ConnectionError
-
-    for look in range(60):
-        monkeypatch.setattr(leases, "_listed", away if look % 8 == 7 or look > 40 else usual)
-        assert looks.look() == QUIET
-
-
-def test_a_look_that_takes_long_is_rare(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    looks, usual = Looks(store), leases._listed
-    monkeypatch.setattr(leases, "_listed", lambda *of: (time.sleep(0.5), usual(*of))[1])
-    assert looks.silence._pause_s == 60 / 8
-    looks.look()
-    assert looks.silence._pause_s > 10
 
 
 def test_a_half_written_lease_is_no_reason_to_fail(tmp_path: Path) -> None:

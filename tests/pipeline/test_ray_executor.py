@@ -1,6 +1,5 @@
 """How Ray Data's executor is paced: what makes a pool grow, and what an executor waits for."""
 
-import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +11,7 @@ from ray.data._internal.actor_autoscaler import ActorPoolScalingRequest, Backlog
 from ray.data._internal.execution.operators.actor_pool_map_operator import ActorPoolMapOperator
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
-from vesl.pipeline.engines import ray_executor
+from vesl.pipeline.engines import ray_executor, signs
 from vesl.pipeline.engines.ray_executor import Executor, Patient
 
 
@@ -34,6 +33,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(ray_executor, "time", clock)
+    monkeypatch.setattr(signs, "time", clock)
     return clock
 
 
@@ -144,7 +144,8 @@ def test_a_step_waits_until_a_task_has_something_to_say(monkeypatch: pytest.Monk
     monkeypatch.setattr(Executor, "shutdown", lambda self, force: None)  # when it is let go
     executor = Executor.__new__(Executor)
     executor._data_context, executor._topology = SimpleNamespace(autoscaling_config=None), {}  # type: ignore[assignment]
-    executor._resource_manager, executor._look_at = None, math.inf
+    executor._resource_manager, never = None, SimpleNamespace(due=lambda: False)
+    executor._silence = executor._starts = never  # type: ignore[assignment]
     executor.start()
     assert executor._scheduling_loop_step([SimpleNamespace(get_active_tasks=list)])
     assert happened == ["step"]
@@ -153,11 +154,16 @@ def test_a_step_waits_until_a_task_has_something_to_say(monkeypatch: pytest.Monk
     assert happened[1:] == ["wait"] * 4 + ["step"] + ["wait"] * 5 + ["step", "wait"]
 
 
+class Name(str):
+    def hex(self) -> str:
+        return str(self)
+
+
 class Actor:
     """Is asked to give signs of life, and gives them or not."""
 
     def __init__(self, name: str) -> None:
-        self.name = self._actor_id = name
+        self.name = self._actor_id = Name(name)
         self.asked, self.lives, self.state = 0, self, SimpleNamespace(is_restarting=False)
 
     def remote(self) -> str:
@@ -191,10 +197,50 @@ def test_an_actor_that_gives_no_sign_of_life_is_killed(monkeypatch: pytest.Monke
         executor._look_after([step])  # too early
         clock.sleep(500.0 if look == 3 else 0.1)
     assert ended == ["frozen"]
-    assert executor.killed() == ["caption"]
+    assert executor.killed() == [("caption", 80.0)]
     assert (well.asked, frozen.asked, restarting.asked) == (9, 1, 0)
     executor._look_after([step])  # Ray starts it again
     assert (well.asked, frozen.asked, restarting.asked) == (10, 2, 0)
+
+
+def test_an_actor_whose_start_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    """But not one that waits for its turn, nor one that starts again and again on other nodes."""
+    new, old, waits, again, moves = (Actor(name) for name in ("new", "old", "waits", "again", "moves"))
+    names = ("new", "old", "waits", "again", "moves", "somebody else's")
+    known = {name: {"Pid": int(name != "waits"), "NumRestarts": 0} for name in names}
+    known["old"]["NumRestarts"] = known["again"]["NumRestarts"] = 2
+    ended = list[tuple[str, bool]]()
+    again.state.is_restarting = moves.state.is_restarting = True
+    monkeypatch.setattr(ray_executor.ray._private.state, "actors", lambda: known)
+    monkeypatch.setattr(ray_executor.ray, "kill", lambda actor, no_restart: ended.append((actor.name, no_restart)))
+    monkeypatch.setattr(StreamingExecutor, "__init__", lambda *args: None)
+    monkeypatch.setattr(Executor, "shutdown", lambda self, force: None)  # when it is let go
+    executor, step = Executor(None, "", 8.0), Step("Ground", 0, 3)
+    step._actor_pool._pending_actors = {"1": new, "2": waits, "3": Actor("unknown"), "4": old}
+    step._actor_pool._running_actors = {actor: actor.state for actor in (again, moves, Actor("well"))}
+    for look in range(9):
+        assert executor.killed() == ended == []
+        executor._look_after_starts([step])
+        clock.sleep(60 / 8 - 0.1)
+        executor._look_after_starts([step])  # too early
+        clock.sleep(0.1)
+        known["moves"]["NumRestarts"] = look // 5
+    assert ended == [("new", False), ("old", True), ("again", False)]
+    assert executor.killed() == [("ground", 60.0)] * 3
+
+
+def test_what_ray_says_is_a_line_on_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    said = {"pid": "raylet", "is_err": False}
+    usual = ray_executor.ray._private.worker.print_to_stdstream
+    with ray_executor.terse():
+        tell: Any = ray_executor.ray._private.worker.print_to_stdstream
+        for _ in range(2):
+            tell({"lines": ["Task a failed. There are 3 retries remaining, so the task will be retried."], **said})
+            tell({"lines": ["1 worker was killed\n\nas memory ran  out", "x" * 9999], **said}, ignore_prefix=False)
+    assert ray_executor.ray._private.worker.print_to_stdstream is usual
+    out, err = capfd.readouterr()
+    lines = ["vesl: ray: 1 worker was killed as memory ran out", f"vesl: ray: {'x' * 500}"]
+    assert (out, sorted(err.splitlines())) == ("", lines)
 
 
 class Step(ActorPoolMapOperator):
