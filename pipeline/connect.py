@@ -32,6 +32,7 @@ _REFUSED: tuple[Network, ...] = (
 )
 _SOCKET_BYTES, _BUFFER_BYTES = 1 << 16, 1 << 14  # of what came and was not read yet, of each of a thousand
 _IDLE_S = 2.0  # that a connection waits for the next request of its host
+IDLE_MOST_S = 3 * _IDLE_S  # until it is closed for sure: it is looked for that seldom
 _LOOK_UPS = 256  # at a time: each has a thread, and the resolver must keep up
 
 opened_for: ContextVar[list[int]] = ContextVar("opened_for")  # a request's own list: the sockets made for it

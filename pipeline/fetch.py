@@ -267,7 +267,7 @@ class Fetcher(Generic[T]):
         """
         parts = urlsplit(target)
         host = parts.hostname or ""
-        async with self._hosts.turn(host, f"{parts.scheme} {parts.port}"):
+        async with self._hosts.turn(host, f"{parts.scheme} {parts.port}") as awaited:
             await place.enter_async_context(self._places)
             if flight:
                 flight()
@@ -279,9 +279,7 @@ class Fetcher(Generic[T]):
                         limit.reschedule((limit.when() or 0.0) + waited_s)
 
                     most = self._rule.max_bytes if flight else _FILE_BYTES
-                    found = await ask(
-                        self._session, target, most, self._may_read if flight else None, wait, self._hosts.awaited(host)
-                    )
+                    found = await ask(self._session, target, most, self._may_read if flight else None, wait, awaited())
             except RefusedError as refused:
                 self._hosts.refused(host, refused, retry_after(refused.after))
                 raise Drop(refused.reason, refused.detail) from None

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
 from ..transforms.outcomes import Drop, reason_of
+from .connect import IDLE_MOST_S
 
 _LINGER_S = 0.02  # after a connection, before the next: a busy server learns of the end later than we do
 _PAUSE_S, _PAUSE_MOST_S = 1.0, 60.0  # where a host does not say how long it wants to be left alone; doubled each time
@@ -35,7 +36,7 @@ class _Host:
     places: asyncio.Semaphore
     origins: set[str] = field(default_factory=set)  # schemes and ports that were asked for
     users: int = 0  # rows that wait or are served
-    kept: bool = False  # connections were, since it had no users
+    idle_until: float = 0.0  # connections may lie open that nobody uses
     next_s: float = 0.0  # the rate allows no request before
     quiet_s: float = 0.0  # it asked for no request before
     refusals: int = 0  # in a row
@@ -61,14 +62,23 @@ class Hosts:
     _many: int = 0
 
     @asynccontextmanager
-    async def turn(self, name: str, origin: str = "") -> AsyncIterator[None]:
+    async def turn(self, name: str, origin: str = "") -> AsyncIterator[Callable[[], bool]]:
         """Wait until the host may be asked at that origin, and hold a place there meanwhile.
 
-        Raises Drop with the reason of its latest refusal where it asked to be left alone for more than `patience_s`.
+        Yields what tells whether another row asks the host too: then the connection is worth keeping, and is this
+        worker's alone to keep. Where some rows go to http and some to https, those of the ones would be idle beside
+        those of the others. Raises Drop with the reason of the host's latest refusal where it asked to be left alone
+        for more than `patience_s`.
         """
         loop = asyncio.get_running_loop()
         share = self.concurrency / self.workers if self.concurrency else float("inf")
-        host = self._host(name, int(max(1, min(share, 1 << 30))))
+        host, keep = self._host(name, int(max(1, min(share, 1 << 30)))), False
+
+        def awaited() -> bool:
+            nonlocal keep
+            keep = host.users > 1 and len(host.origins) == 1 and (self.concurrency or self.workers) >= self.workers
+            return keep
+
         host.users += 1
         host.origins.add(origin)
         try:
@@ -79,10 +89,11 @@ class Hosts:
                     await asyncio.sleep(_LINGER_S)
                 await self._until_allowed(host)
                 start = loop.time()
-                yield
+                yield awaited
                 hold_s = _LINGER_S if self.concurrency else 0.0
             finally:
-                self._close_idle(name, host)  # also what was kept open just now
+                host.idle_until = loop.time() + IDLE_MOST_S if keep else host.idle_until
+                self._close_idle(name, host)
                 hold_s = max(hold_s, (loop.time() - start) * (1 / share - 1))
                 if hold_s:
                     loop.call_later(hold_s, host.places.release)
@@ -90,22 +101,12 @@ class Hosts:
                     host.places.release()
         finally:
             host.users -= 1
-            host.kept = host.kept and host.users > 0
-
-    def awaited(self, name: str) -> bool:
-        """Whether another row asks the host too: a connection is worth keeping, and is this worker's alone to keep.
-
-        Where some rows go to http and some to https, those of the ones would be idle beside those of the others.
-        """
-        host = self._hosts[name]
-        keep = host.users > 1 and len(host.origins) == 1 and (self.concurrency or self.workers) >= self.workers
-        host.kept = host.kept or keep
-        return keep
 
     def _close_idle(self, name: str, host: _Host) -> bool:
         """Where connections were kept before the host's second origin was known; whether there may have been any."""
-        if late := host.kept and len(host.origins) > 1:
+        if late := len(host.origins) > 1 and host.idle_until > asyncio.get_running_loop().time():
             self.close_idle(name)
+            host.idle_until = 0.0
         return late
 
     def refused(self, name: str, drop: Drop, asked_s: float | None) -> None:
@@ -138,7 +139,7 @@ class Hosts:
         if name not in self._hosts:
             if len(self._hosts) >= max(_KNOWN, self._many):
                 now = asyncio.get_running_loop().time()
-                kept = {n: h for n, h in self._hosts.items() if h.users or max(h.next_s, h.quiet_s) > now}
+                kept = {n: h for n, h in self._hosts.items() if h.users or max(h.next_s, h.quiet_s, h.idle_until) > now}
                 self._hosts, self._many = kept, 2 * len(kept)  # many may be quiet for long: not to be sifted each time
             self._hosts[name] = _Host(asyncio.Semaphore(places))
         return self._hosts[name]

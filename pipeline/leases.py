@@ -137,12 +137,12 @@ def _fell(signed: Mapping[str, Any], run: str) -> bool:
     return bool(signed.get("run") == run) and not signed.get("claimed")
 
 
-def give_back(store: Store, folders: Iterable[str], run: str) -> dict[str, dict[str, Any]]:
+def give_back(store: Store, folders: Iterable[str], run: str) -> list[tuple[str, dict[str, Any]]]:
     """Remove the leases that a run still has below these folders: of workers that died, or that it ended.
 
-    Return the tables that these were at work on, and who was.
+    Return the tables that these were at work on, and what they signed; also where another run has it now.
     """
-    fell, every = dict[str, dict[str, Any]](), list(folders)
+    fell, every = list[tuple[str, dict[str, Any]]](), list(folders)
     with ThreadPoolExecutor(_READERS) as pool:  # a bucket's listings take long
         listed = list(pool.map(lambda folder: store.names(folder, "part-"), every))
     for folder, names in zip(every, listed, strict=True):
@@ -150,9 +150,9 @@ def give_back(store: Store, folders: Iterable[str], run: str) -> dict[str, dict[
             table = f"{folder}/{name.removesuffix('.wip')}.parquet"
             if not name.endswith(".wip") or (number := _newest(store, table)) is None:
                 continue
-            signed = _read(store, table, number)
-            if signed.get("run") == run:
-                fell |= {table: signed} if _fell(signed, run) else {}
+            signatures = [_read(store, table, before) for before in range(number + 1)]
+            fell += [(table, signed) for signed in signatures if _fell(signed, run)]
+            if signatures[-1].get("run") == run:
                 _release(store, table, number)
     return fell
 

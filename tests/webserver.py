@@ -94,7 +94,8 @@ class WebServer:
 
     def _serve(self, connection: socket.socket) -> None:
         self._connections[threading.get_ident()] = connection
-        self.most = max(self.most, self.open)
+        with self._lock:
+            self.most = max(self.most, self.open)
         try:
             self._answer(connection)
         finally:

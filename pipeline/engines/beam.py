@@ -49,6 +49,7 @@ from .follow import follow, others
 from .signs import Silence, live
 from .worker import HANGS
 
+_RUNNER = "FnApiRunner"  # Beam's default, once it has tried to download another, which has no such modes
 _THREADS = 3  # of a pipeline in one process
 _DEATHS = 2  # pipelines that ended with the part in flight; then it runs alone, as on engine `local`
 _OUTPUT, _OUTPUT_BYTES = "output", 1 << 20  # the log of Beam and all its workers
@@ -56,14 +57,17 @@ _CANCEL_S = 30.0  # for a cluster to take note that its job is cancelled
 
 
 def _elsewhere(engine: Engine) -> bool:
-    return any(option.startswith("--runner") for option in engine.options)
+    runners = [option.lower() for option in engine.options if option.startswith("--runner")]
+    return not all(name.endswith(("directrunner", "fnapirunner")) for name in runners)
 
 
 def _flags(engine: Engine) -> list[str]:
     mode, count = ("multi_threading", _THREADS) if engine.workers is None else ("multi_processing", engine.workers)
-    if count == 1 or _elsewhere(engine) or any(option.startswith("--direct") for option in engine.options):
-        return list(engine.options)
-    return [f"--direct_running_mode={mode}", f"--direct_num_workers={count}", *engine.options]
+    named = any(option.startswith("--runner") for option in engine.options)
+    flags = [*([] if named else [f"--runner={_RUNNER}"]), *engine.options]
+    if count == 1 or named or any(option.startswith("--direct") for option in engine.options):
+        return flags
+    return [f"--direct_running_mode={mode}", f"--direct_num_workers={count}", *flags]
 
 
 def _submit(job: Job, parts: Sequence[int], engine: Engine, notes: Notes, pipe: Connection, folder: str) -> None:
@@ -119,10 +123,14 @@ def _end_with_driver(folder: str) -> None:
     parent = mp.parent_process()
     if parent is not None:
         wait([parent.sentinel])
-        with suppress(OSError):
-            os.rename(folder, gone := f"{folder}.gone")  # so that nobody writes into it any more
-            shutil.rmtree(gone)
+        _remove(folder)
         os.killpg(0, signal.SIGKILL)
+
+
+def _remove(folder: str) -> None:
+    with suppress(OSError):
+        os.rename(folder, gone := f"{folder}.gone")  # so that nobody writes into it any more
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _going(said: Sequence[tuple[str, str]]) -> bool:
@@ -145,6 +153,8 @@ class _Driver:
     left: list[int] = field(default_factory=list)  # by another run, that waited for it
     hangs: Counter[tuple[int, int]] = field(default_factory=Counter)
     deaths: Counter[tuple[int, int]] = field(default_factory=Counter)
+    done: int = 0  # now, not found done
+    charged: set[str] = field(default_factory=set)  # leases of attempts that counted as a death
     silent: set[int] | None = None  # the processes for which the last pipeline was ended, if that was why
 
     def __post_init__(self) -> None:
@@ -155,10 +165,10 @@ class _Driver:
         barren = 0  # pipelines in a row that were ended before they did anything
         for number in range(sys.maxsize):
             left = [part for part in parts if part not in self.lost]
-            before = len(self.told) + len(self.lost)
+            before = self.done + len(self.lost)
             text = self._pipeline(left, Notes(self.folder, number)) if left else None
             if text is None:
-                parts, self.left = self.left or others(self.waiting, self.listen), []
+                parts, self.left, barren = self.left or others(self.waiting, self.listen), [], 0
                 if not parts:
                     return
                 continue
@@ -166,7 +176,7 @@ class _Driver:
             suspects = self._suspects()
             if self._hung(number):  # it was ended for that one; the others that were under way are not to blame
                 continue
-            barren = 0 if suspects or before < len(self.told) + len(self.lost) else barren + 1
+            barren = 0 if suspects or before < self.done + len(self.lost) else barren + 1
             if barren and (barren == _DEATHS or not frozen):
                 raise EngineError(f"engine beam: {text}")
             for index, part in suspects:
@@ -195,10 +205,11 @@ class _Driver:
         Where it was ended for a worker that was silent, what that one was at.
         """
         at = {step.folder: index for index, step in enumerate(self.job.steps)}
-        tables, silent, self.silent = give_back(self.store, at, self.job.run), self.silent, None
-        if silent:
-            tables = {table: who for table, who in tables.items() if is_here(who) and who["pid"] in silent}
-        left = [table.rpartition("/") for table in tables]
+        fell, silent, self.silent = give_back(self.store, at, self.job.run), self.silent, None
+        fell = [(table, who) for table, who in fell if who.get("id") not in self.charged]
+        self.charged |= {who.get("id", "") for _, who in fell}
+        blamed = {table for table, who in fell if not silent or (is_here(who) and who["pid"] in silent)}
+        left = [table.rpartition("/") for table in blamed]
         found = {(at[folder], part) for folder, _, name in left if (part := part_of(name)) is not None}
         return sorted(place for place in found if self.deaths[place] < _DEATHS and place[1] not in self.lost)
 
@@ -208,6 +219,7 @@ class _Driver:
             if (event.step, event.part) in self.told:
                 return
             self.told.add((event.step, event.part))
+            self.done += event.fresh
         self.lost |= {event.part} if event.kind == "lost" else set()
         self.listen(event)
 
@@ -254,10 +266,10 @@ class _Driver:
                 said.append(("died", f"the pipeline's process died (exit code {process.exitcode}{words})"))
             if os.fstat(output.fileno()).st_size > _OUTPUT_BYTES:
                 output.truncate(0)
-            if _going(said) and (frozen := silence.broken()) is not None:
-                self.silent = frozen
-                limit = f"in {silence.limit_s:g} s (engine.silence_limit_s)"
-                said.append(("silent", f"a worker gave no sign of life {limit}, so the pipeline was ended"))
+            with suppress(OSError):  # too many open files
+                if _going(said) and (broken := silence.broken()):
+                    self.silent, why = broken
+                    said.append(("silent", f"{why}, so the pipeline was ended"))
             return _going(said)
 
         try:
@@ -275,7 +287,7 @@ class _Driver:
             process.kill()
             process.join()
             output.close()
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
 
 
 def run(job: Job, parts: Sequence[int], engine: Engine, listen: Listener) -> None:

@@ -152,9 +152,8 @@ def _carry(
             why = "the cluster has nothing free for it, or it cannot start there (Ray's own logs say why)"
             print(f"vesl: ray: {', '.join(steps)}: still without a worker: {why}", file=sys.stderr)
             slow_at = math.inf
-        for name, seconds in executor.killed():
-            why = f"gave no sign of life in {seconds:g} s (engine.silence_limit_s), so it was ended"
-            print(f"vesl: ray: a worker of {name} {why}", file=sys.stderr)
+        for text in executor.killed():
+            print(f"vesl: ray: {text}", file=sys.stderr)
         for row in rows():
             _hear(row, job, waiting, told, hung, listen)
         free.extend(waiting.free())

@@ -16,6 +16,7 @@ from . import Engine, EngineError
 from .ray_steps import Operator, version
 
 _TOGETHER, _ROWS = 64, 1000  # parts in a block and, where these are several, their rows, at most
+_STARTS = 3  # of a step's workers that fail in a row, one more ends the pipeline: it may be a node's fault
 _BLOCKS_A_WORKER = 16  # before parts go together: enough to be shared evenly
 
 
@@ -54,6 +55,7 @@ def dataset(job: Job, parts: Sequence[int], engine: Engine, shunned: frozenset[s
     data.context.enable_progress_bars = data.context.print_on_execution_start = False
     data.context.memory_usage_poll_interval_s = None  # else a thread for each task looks, once a second
     data.context.execution_no_progress_timeout_s = -1  # parts take as long as they take; who hangs is ended by others
+    data.context.max_consecutive_actor_init_deaths = _STARTS
     scaling = data.context.autoscaling_config
     scaling.actor_pool_util_upscaling_threshold = 0.9  # busy; by default: and as much in queue
     shrinks = any(engine.of(step.name).min_workers for step in job.steps)

@@ -37,7 +37,6 @@ _WHO_ASK_WHERE = (actor_pool_map_operator, cached_ray_internals)
 CALLS, CALLS_AHEAD = 2, 4  # at once of an actor: a block, or two and how far it is with one; and whether it lives
 _LOOK_S, _STEP_S = 1.0, 5.0  # for a look whether all is to end and for a step, where no task has anything to say
 _LINE = 500  # characters
-_STARTS = 2  # that froze on some node; then Ray Data replaces the actor, but not for ever
 _TOGETHER_S = 0.02  # that a step waits for more tasks where one has something to say; by default a tenth of a second
 
 
@@ -205,7 +204,7 @@ class Executor(StreamingExecutor):
         super().__init__(context, name)
         self._silence, self._starts = signs.Unchanged[Any](silence_limit_s), signs.starts(silence_limit_s)
         self._signs: dict[Any, Any] = {}  # by actor's id: what it was asked for
-        self._killed = SimpleQueue[tuple[str, float]]()
+        self._killed = SimpleQueue[str]()
 
     def execute(self, dag: Any, *args: Any, **options: Any) -> Any:
         """Prepare all that is needed for the operators up to `dag`, and start."""
@@ -259,7 +258,8 @@ class Executor(StreamingExecutor):
             del self._signs[name]
             actor, op = actors[name]
             ray.kill(actor, no_restart=False)
-            self._killed.put((_step_of(op), self._silence.limit_s))
+            limit = f"{self._silence.limit_s:g} s (engine.silence_limit_s)"
+            self._killed.put(f"a worker of {_step_of(op)} gave no sign of life in {limit}, so it was ended")
 
     def _look_after_starts(self, steps: Sequence[Any]) -> None:
         """Kill actors that have a process, but whose start does not end."""
@@ -269,15 +269,18 @@ class Executor(StreamingExecutor):
         actors = {a._actor_id.hex(): (a, op, True) for op, pool in pools for a in pool._pending_actors.values()}
         running = ((op, actor, state) for op, pool in pools for actor, state in pool._running_actors.items())
         actors |= {actor._actor_id.hex(): (actor, op, False) for op, actor, state in running if state.is_restarting}
-        known = ray._private.state.actors() if actors else {}
-        found = {name: (known[name]["Pid"], known[name]["NumRestarts"]) for name in actors if name in known}
-        for name in self._starts.look({name: process for name, process in found.items() if process[0]}):
+        job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id()) if actors else None
+        known = ray._private.state.actors(job_id=job) if job else {}
+        found = {name: (known[name]["Address"], known[name]["NumRestarts"]) for name in actors if name in known}
+        # One that waits for a place has no port, but maybe still the process id of its last one.
+        for name in self._starts.look({name: place for name, place in found.items() if place[0]["Port"]}):
             actor, op, new = actors[name]
-            ray.kill(actor, no_restart=new and found[name][1] >= _STARTS)
-            self._killed.put((_step_of(op), self._starts.limit_s))
+            ray.kill(actor, no_restart=new)  # then Ray Data replaces it, though not for ever
+            limit = f"{self._starts.limit_s:g} s (engine.silence_limit_s, a minute at least)"
+            self._killed.put(f"a worker of {_step_of(op)} had not started after {limit}, so it was ended")
 
-    def killed(self) -> list[tuple[str, float]]:
-        """The actors that were killed as they were silent, since the last call: their steps, and for how long."""
+    def killed(self) -> list[str]:
+        """What there is to say of the actors that were killed since the last call."""
         return [self._killed.get() for _ in range(self._killed.qsize())]
 
     def starting(self) -> list[str]:

@@ -63,12 +63,16 @@ class _Pulse:
         threading.Thread(target=self._beat, daemon=True, name="vesl-pulse").start()
 
     def _beat(self) -> None:
-        beats, written = 0, self._path.with_name(f".{self._path.name}")
-        while self._path.parent.is_dir():
-            beats += 1
-            with suppress(OSError):  # a disk that is full for a moment
-                written.write_text(f"{beats} {self.begun} {self.busy}")
-                written.replace(self._path)
+        written = self._path.with_name(f".{self._path.name}")
+        while True:
+            with suppress(Exception):  # it would but be silent
+                if not os.path.lexists(self._path.parent):
+                    return
+                try:
+                    written.write_text(f"{self.begun} {self.busy}")
+                    written.replace(self._path)
+                except OSError:  # a full disk; the file's time is a sign, too
+                    os.utime(self._path)
             time.sleep(_BEAT_S)
 
 
@@ -103,24 +107,27 @@ def at_work(folder: str) -> Iterator[None]:
 class Silence:
     """Watches the processes that show signs of life in a folder, for `limit_s` each.
 
-    Where workers work here at all, as they do with `all_here`, something is wrong too where none of them is at work on
+    With `all_here`, the workers are all of this machine, and something is wrong too where none of them is at work on
     anything for as long: one may be frozen since before its first sign.
     """
 
     def __init__(self, folder: str, limit_s: float, all_here: bool) -> None:
-        self._folder, self._all_here, self.limit_s = Path(folder), all_here, limit_s
+        self._folder, self._all_here = Path(folder), all_here
         self._processes, self._work = Unchanged[int](limit_s), starts(limit_s)
 
-    def broken(self) -> set[int] | None:
-        """The ids of processes that are frozen, empty where nobody is at work; None where all is well."""
+    def broken(self) -> tuple[set[int], str] | None:
+        """The ids of processes that are frozen, none where nobody is at work, and why; None where all is well."""
         one, every = self._processes.due(), self._work.due()
-        if not (one or every):
-            return None
-        signs = {int(path.name.removeprefix(_SIGN)): path.read_text() for path in self._folder.glob(f"{_SIGN}*")}
-        signs = {pid: beat for pid, beat in signs.items() if not is_dead(sign() | {"pid": pid})}
+        signs = dict[int, tuple[int, str]]()
+        for path in self._folder.glob(f"{_SIGN}*") if one or every else ():
+            if not is_dead(sign() | {"pid": (pid := int(path.name.removeprefix(_SIGN)))}):
+                signs[pid] = path.stat().st_mtime_ns, path.read_text()
         if one and (frozen := self._processes.look(signs)):
-            return set(frozen)
-        work = {pid: beat.split()[1:] for pid, beat in signs.items()}  # how often it began, and how much it is at
-        self._all_here = self._all_here or any(begun != "0" for begun, _ in work.values())
-        idle = self._all_here and all(busy == "0" for _, busy in work.values())
-        return set() if every and self._work.look({"work": work} if idle else {}) else None
+            limit = f"in {self._processes.limit_s:g} s (engine.silence_limit_s)"
+            return set(frozen), f"a worker gave no sign of life {limit}"
+        work = {pid: text for pid, (_, text) in signs.items()}
+        idle = self._all_here and all(text.endswith(" 0") for text in work.values())
+        if every and self._work.look({"work": work} if idle else {}):
+            limit = f"in {self._work.limit_s:g} s (engine.silence_limit_s, a minute at least)"
+            return set(), f"no worker was at work on anything {limit}"
+        return None

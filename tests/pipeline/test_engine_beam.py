@@ -118,14 +118,20 @@ def test_same_bytes_as_the_local_engine(
 
 
 def test_how_many_threads_and_processes() -> None:
-    threads = ["--direct_running_mode=multi_threading", "--direct_num_workers=3"]
+    runner = "--runner=FnApiRunner"
+    threads = ["--direct_running_mode=multi_threading", "--direct_num_workers=3", runner]
     assert beam._flags(BeamEngine()) == threads
     assert beam._flags(BeamEngine(options=("--job_name=x",))) == [*threads, "--job_name=x"]
-    assert beam._flags(BeamEngine(workers=1)) == []
-    several = ["--direct_running_mode=multi_processing", "--direct_num_workers=4"]
+    assert beam._flags(BeamEngine(workers=1)) == [runner]
+    several = ["--direct_running_mode=multi_processing", "--direct_num_workers=4", runner]
     assert beam._flags(BeamEngine(workers=4)) == several
-    for own in ("--runner=DataflowRunner", "--direct_running_mode=in_memory"):
-        assert beam._flags(BeamEngine(workers=4, options=(own,))) == [own]
+    own = "--direct_running_mode=in_memory"
+    assert beam._flags(BeamEngine(workers=4, options=(own,))) == [runner, own]
+    for name, elsewhere in (("DirectRunner", False), ("FnApiRunner", False), ("DataflowRunner", True)):
+        named = BeamEngine(workers=4, options=(f"--runner={name}",))
+        assert beam._flags(named) == [f"--runner={name}"]
+        assert beam._elsewhere(named) == elsewhere
+    assert not beam._elsewhere(BeamEngine())
 
 
 def test_in_one_process_a_step_of_one_part_goes_on_while_another_part_waits_for_the_web(world: World) -> None:

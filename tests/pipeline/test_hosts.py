@@ -148,10 +148,14 @@ def test_a_host_that_moves_its_rows_to_another_port_has_no_more_connections(serv
             if before == after:  # else one closed here may have been counted beside one that opened there
                 most[0] = max(most[0], before + there)
 
+    def slowly(peer: web.Peer) -> None:
+        peer.wait(0.1)
+        stays(peer)
+
     with WebServer() as other:
         paths = [f"/{n}" for n in range(rows)]
         for path in paths:
-            other.add(path, stays)
+            other.add(path, slowly)
         watcher = threading.Thread(target=watch)
         watcher.start()
         urls = [server.add(path, partial(moves, to=other.url + path)) for path in paths]
@@ -180,6 +184,36 @@ def test_connections_kept_before_a_second_port_was_known_are_closed(server: WebS
         assert (server.open, other.open) == (0, 1)
         assert outcomes(take_all(rows[1:2])) == ["kept"]
         fetcher.close()
+
+
+def test_connections_kept_are_closed_before_another_port_is_asked_a_while_later(server: WebServer) -> None:
+    with WebServer() as other:
+        fetcher = Fetcher[Fetched](replace(RULE, host_concurrency=4))
+        urls = [server.add(f"/{n}", stays) for n in range(4)]
+        assert outcomes(fetched(fetcher, urls)) == ["kept"] * 4
+        assert server.open  # and nobody waits for the host
+        rows = [fetcher.submit(other.add(f"/{n}", web.late(b"x", 1)), keep) for n in range(4)]
+        time.sleep(0.5)
+        assert (server.open, other.open) == (0, 4)
+        assert outcomes(take_all(rows)) == ["kept"] * 4
+        fetcher.close()
+
+
+def test_a_host_with_two_ports_is_not_looked_over_for_each_request() -> None:
+    closed, hosts = list[str](), Hosts(4, None, 30.0, close_idle=lambda name: closed.append(name))
+
+    async def ask(number: int) -> None:
+        async with hosts.turn("a.example", f"http {81 if number == 10 else 80}") as awaited:
+            awaited()
+            await asyncio.sleep(0.001)
+
+    async def main() -> None:
+        await asyncio.gather(*(ask(number) for number in range(6)))
+        assert not closed
+        await asyncio.gather(*(ask(number) for number in range(6, 40)))
+
+    asyncio.run(main())
+    assert 1 <= len(closed) <= 4
 
 
 @pytest.mark.parametrize("end", [leaves, says_more])

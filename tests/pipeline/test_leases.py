@@ -217,8 +217,17 @@ def test_what_a_run_still_has_at_its_end_is_given_back(store: Store) -> None:
     store.create(f"{wip(TABLE)}/00000000-00000002.parquet", b"saved work")
     other = TABLE.replace("3.parquet", "4.parquet")
     store.create(f"{wip(other)}/lease-00000", to_json(leases._sign("other")))
-    ((table, signed),) = give_back(store, ["caption/0123456789ab", "no/such"], "mine").items()
-    assert (table, signed["pid"]) == (TABLE, os.getpid())
+    taken = TABLE.replace("3.parquet", "5.parquet")
+    for number, run in enumerate(("third", "mine", "other")):
+        store.create(f"{wip(taken)}/lease-{number:05d}", to_json(leases._sign(run)))
+    claimed = leases._sign("mine") | {"claimed": True}  # by the driver: nobody has begun
+    store.create(f"{wip(TABLE.replace('3.parquet', '6.parquet'))}/lease-00000", to_json(claimed))
+    fell = give_back(store, ["caption/0123456789ab", "no/such"], "mine")
+    assert [(table, signed["run"], signed["pid"]) for table, signed in fell] == [
+        (TABLE, "mine", os.getpid()),
+        (taken, "mine", os.getpid()),
+    ]
+    assert store.names(wip(taken)) == ["lease-00000", "lease-00001", "lease-00002"]  # the other run's to end
     assert store.names(wip(TABLE)) == ["00000000-00000002.parquet"]
     assert store.names(wip(other)) == ["lease-00000"]
 
