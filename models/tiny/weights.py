@@ -9,6 +9,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import threading
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -97,11 +98,14 @@ def softmax(logits: Floats) -> Floats:
 
 
 class Classifier:
-    """EfficientNet-Lite0 (int8), ImageNet-1000; its last convolution's cells are classified one by one."""
+    """EfficientNet-Lite0 (int8), ImageNet-1000; its last convolution's cells are classified one by one.
+
+    Threads may share it, as a captioner and a grounder of one process do; the network takes one image at a time.
+    """
 
     def __init__(self) -> None:
         self.names = labels(CLASSIFIER)
-        self._net = _interpreter(CLASSIFIER)
+        self._net, self._lock = _interpreter(CLASSIFIER), threading.Lock()
         self._net.allocate_tensors()
         self._size = (224, 224)
         details = {tensor["index"]: tensor["quantization"] for tensor in self._net.get_tensor_details()}
@@ -111,13 +115,16 @@ class Classifier:
 
     def features(self, image: Image.Image, height: int, width: int) -> Floats:
         """Squash the image to height x width pixels; return float32 [height/32, width/32, 1280] (sides rounded up)."""
-        if (height, width) != self._size:
-            self._net.resize_tensor_input(164, [1, height, width, 3])
-            self._net.allocate_tensors()
-            self._size = (height, width)
-        self._net.set_tensor(164, np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))[None])
-        self._net.invoke()
-        steps = self._net.get_tensor(159)[0].astype(np.float32) - np.float32(self._zero)
+        pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))[None]
+        with self._lock:
+            if (height, width) != self._size:
+                self._net.resize_tensor_input(164, [1, height, width, 3])
+                self._net.allocate_tensors()
+                self._size = (height, width)
+            self._net.set_tensor(164, pixels)
+            self._net.invoke()
+            found = self._net.get_tensor(159)[0]
+        steps = found.astype(np.float32) - np.float32(self._zero)
         return np.asarray(steps * np.float32(self._scale), np.float32)
 
     def probabilities(self, features: Floats) -> Floats:
@@ -126,19 +133,22 @@ class Classifier:
 
 
 class Segmenter:
-    """DeepLabV3 on MobileNetV2, the 20 classes of Pascal VOC and, first, background."""
+    """DeepLabV3 on MobileNetV2, the 20 classes of Pascal VOC and, first, background; shared in the same way."""
 
     def __init__(self) -> None:
         self.names = labels(SEGMENTER)
-        self._net = _interpreter(SEGMENTER)
+        self._net, self._lock = _interpreter(SEGMENTER), threading.Lock()
         self._net.allocate_tensors()
 
     def probabilities(self, image: Image.Image) -> Floats:
         """Squash the image to the network's square; return float32 [33, 33, 21]."""
         square = image.resize((257, 257), Image.Resampling.BILINEAR)
-        self._net.set_tensor(183, (np.asarray(square, np.float32) / np.float32(127.5) - 1)[None])
-        self._net.invoke()
-        return softmax(self._net.get_tensor(179)[0])
+        pixels = (np.asarray(square, np.float32) / np.float32(127.5) - 1)[None]
+        with self._lock:
+            self._net.set_tensor(183, pixels)
+            self._net.invoke()
+            found = self._net.get_tensor(179)[0]
+        return softmax(found)
 
 
 def open_text() -> Callable[[Sequence[str]], Floats]:

@@ -2,9 +2,11 @@
 
 import importlib.metadata
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from vesl.models.contract import ModelError
 from vesl.models.tiny import weights
@@ -77,3 +79,18 @@ def test_the_hash_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     path = weights.weight_file(weights.TEXT, weights.CONFIG)
     monkeypatch.setattr(importlib.metadata, "files", lambda _: pytest.fail("looked again"))
     assert weights.weight_file(weights.TEXT, weights.CONFIG) == path
+
+
+def test_threads_share_the_networks() -> None:
+    """A captioner and a grounder of one process do, each for an image of its own."""
+    classifier, segmenter = weights.Classifier(), weights.Segmenter()
+    images = [Image.effect_noise((300, 200), 20.0 + 40 * n).convert("RGB") for n in range(4)]
+    sides = [(224, 224), (96, 64), (160, 224), (64, 96)]
+
+    def look(image: Image.Image, side: tuple[int, int]) -> bytes:
+        return classifier.features(image, *side).tobytes() + segmenter.probabilities(image).tobytes()
+
+    alone = list(map(look, images, sides))
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            assert list(pool.map(look, images, sides)) == alone
