@@ -1,5 +1,6 @@
 """Engine `beam` on Beam's local runner, in one process and in several, and over a job service with LOOPBACK."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from vesl.pipeline.engines.beam_steps import _hints, through
 from vesl.pipeline.ingest import ingest
 from vesl.pipeline.plan import Plan, make_plan
 from vesl.pipeline.run import _ingest
-from vesl.pipeline.store import Store
+from vesl.pipeline.store import Store, wip
 
 MADE = ("caption", "phrases", "ground", "select", "pack")
 
@@ -289,6 +290,51 @@ def test_beam_is_not_installed(made: World, monkeypatch: pytest.MonkeyPatch) -> 
     plan: Plan = make_plan(made.load())
     with pytest.raises(EngineError, match=r"pip install 'vesl\[beam\]'"):
         beam.run(plan.job(), (0,), replace(plan.recipe.engine), lambda event: None)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "pipelines", "left"),
+    [
+        (True, ["found 1", "ends well", "found 0", "made 1", "found 2", "nothing"], 0),
+        (False, ["nothing", "nothing"], 1),
+    ],
+)
+def test_a_pipeline_in_which_a_worker_froze_before_anything_was_done_is_repeated_once(
+    world: World, monkeypatch: pytest.MonkeyPatch, frozen: bool, pipelines: list[str], left: int
+) -> None:
+    """One that breaks in another way is not; one that ends well, or in which a part is done, begins the count anew."""
+    world.list_urls("a", world.images(15))
+    world.write()
+    _ingest(world.load(), None)
+
+    def pipeline(driver: Any, parts: Sequence[int], notes: object) -> str | None:
+        driver.silent = set() if frozen else None
+        what, _, part = pipelines.pop(0).partition(" ")
+        if what in ("found", "made"):
+            driver.hear(Event("done", "caption" if what == "found" else "download", int(part), fresh=what == "made"))
+        driver.left += [0] * (what == "ends")  # another run has left it
+        return f"{len(pipelines)} left" if what != "ends" else None
+
+    monkeypatch.setattr(beam._Driver, "_pipeline", pipeline)
+    with pytest.raises(EngineError, match=f"^engine beam: {left} left$"):
+        carry(world, until="caption")
+
+
+def test_a_part_that_froze_its_worker_is_charged_once_also_where_another_run_has_it(world: World) -> None:
+    world.list_urls("a", world.images(10))
+    world.write()
+    _ingest(world.load(), None)
+    plan = make_plan(world.load(), "caption")
+    job = replace(plan.job(), run="mine")
+    driver = beam._Driver(job, BeamEngine(), lambda event: None, plan.store, "runs/.beam-x")
+    for part, runs in enumerate((["mine", "other"], ["mine"])):
+        for number, run in enumerate(runs):
+            signed = leases._sign(run) | {"pid": 7 + part}
+            plan.store.create(f"{wip(job.steps[1].table(part))}/lease-{number:05d}", json.dumps(signed).encode())
+    driver.silent = {7}
+    assert driver._suspects() == [(1, 0)]
+    assert driver._suspects() == []
+    assert plan.store.names(wip(job.steps[1].table(0))) == ["lease-00000", "lease-00001"]
 
 
 @pytest.mark.slow  # half a minute; on Ray and local they always run
