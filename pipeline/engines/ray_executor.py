@@ -37,6 +37,7 @@ _WHO_ASK_WHERE = (actor_pool_map_operator, cached_ray_internals)
 CALLS, CALLS_AHEAD = 2, 4  # at once of an actor: a block, or two and how far it is with one; and whether it lives
 _LOOK_S, _STEP_S = 1.0, 5.0  # for a look whether all is to end and for a step, where no task has anything to say
 _LINE = 500  # characters
+_OF_DEATHS = "so the task will be retried", "A worker died or was killed while executing a task"  # how Ray tells them
 _TOGETHER_S = 0.02  # that a step waits for more tasks where one has something to say; by default a tenth of a second
 
 
@@ -175,14 +176,14 @@ def alone() -> Iterator[None]:
 
 @contextmanager
 def terse() -> Iterator[None]:
-    """While Ray's nodes tell the driver what they do: a line on stderr, and nothing of what is tried again anyway."""
-
+    """While Ray's nodes tell the driver what they do: a line on stderr, but for deaths, which the steps tell of."""
     heard = {""}
 
     def tell(said: Mapping[str, Any], **options: Any) -> None:
-        lines = {" ".join(text.split())[:_LINE] for text in said["lines"] if "so the task will be retried" not in text}
-        for line in lines - heard:
-            print(f"vesl: ray: {line}", file=sys.stderr)
+        lines = {" ".join(text.split())[:_LINE] for text in said["lines"]} - heard
+        for line in lines:
+            if not any(words in line for words in _OF_DEATHS):
+                print(f"vesl: ray: {line}", file=sys.stderr)
         heard.update(lines)
 
     module: Any = ray._private.worker

@@ -239,6 +239,7 @@ def test_what_ray_says_is_a_line_on_stderr(capfd: pytest.CaptureFixture[str]) ->
         tell: Any = ray_executor.ray._private.worker.print_to_stdstream
         for _ in range(2):
             tell({"lines": ["Task a failed. There are 3 retries remaining, so the task will be retried."], **said})
+            tell({"lines": ["A worker died or was killed while executing a task by an error. Lease ID: 0c"], **said})
             tell({"lines": ["1 worker was killed\n\nas memory ran  out", "x" * 9999], **said}, ignore_prefix=False)
     assert ray_executor.ray._private.worker.print_to_stdstream is usual
     out, err = capfd.readouterr()
